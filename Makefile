@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+PINS := $(shell cat constraints.txt pyproject.toml setup.py | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.pins-$(PINS)
+RUN := $(VENV)/bin/python
+
+.PHONY: help venv demo test test-all lint bench clean
+
+help:
+	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
+	@echo 'make test      the tests (under 5 minutes on two cores)'
+	@echo 'make test-all  the tests and the long proofs'
+	@echo 'make lint      ruff'
+	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
+
+venv: $(STAMP)
+
+# Made once, and again only when the pins change. torch goes first and by itself: an extra that asked for it
+# unpinned would bring gigabytes of CUDA along.
+$(STAMP):
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.pins-*
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,test]'
+	@touch $@
+
+demo: venv
+	$(VENV)/bin/bco-fast demo --output_dir runs/demo
+
+test: venv
+	$(RUN) -m pytest
+
+test-all: venv
+	$(RUN) -m pytest -m 'not gpu'
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: venv
+	$(RUN) benchmarks/head_cpu.py
+	$(RUN) benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

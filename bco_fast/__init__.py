@@ -1,0 +1,41 @@
+"""bco_fast: align language models from thumbs up and down.
+
+The names below load on first use; importing the package loads torch and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fused_linear_logps": "logps",
+    "sequence_logps": "logps",
+    "HeadStats": "logps",
+    "fused_bco_loss": "fused",
+    "bco_loss": "losses",
+    "bce_loss": "losses",
+    "LossOutput": "losses",
+    "RewardShift": "reward_shift",
+    "ReferenceCache": "cache",
+    "CacheError": "cache",
+    "FeedbackError": "data",
+    "load_feedback": "data",
+    "patch_model": "models",
+    "FeedbackConfig": "trainer",
+    "FeedbackTrainer": "trainer",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,267 @@
+"""The `torch` backend: the fused head in plain PyTorch, one bounded tile of logits at a time.
+
+It is what runs on the CPU, and it is the whole algorithm of the Triton backend written to be read:
+
+    forward   walk the vocabulary with a running (max, sum) per row; 2NDV FLOP
+    frozen    the same walk also carries Q = sum over k != y of e_k f_k W_k, which gives d logp / d hidden; 4NDV
+    backward  recompute each tile, turn it into dlogits in place, two matmuls; dW is written once per chunk; 6NDV
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype
+
+# A tile of 1024 columns keeps the CPU's matmul at full speed; beyond 8 MiB it leaves the cache between its passes.
+CPU_COLUMNS = 1024
+CPU_TILE_BYTES = 8 << 20
+GPU_COLUMNS = 4096
+SMALLEST = 64
+
+
+class Tiling:
+    """Cuts [N, V] into tiles that fit workspace_bytes with what the matmuls around them need."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, workspace_bytes: int, tiles: int):
+        self.rows_total, width = hidden.shape
+        self.columns_total = weight.shape[0]
+        item = accumulator_dtype(hidden.dtype).itemsize
+        on_cpu = hidden.device.type == "cpu"
+        if on_cpu:
+            rows = min(self.rows_total, CPU_TILE_BYTES // item // CPU_COLUMNS)
+            columns = max(CPU_COLUMNS, CPU_TILE_BYTES // item // max(rows, 1))
+        else:
+            rows = self.rows_total
+            columns = max(GPU_COLUMNS, workspace_bytes // item // tiles // max(rows, 1))
+        columns = min(columns, self.columns_total)
+        # one partial product beside the tiles; low-precision operands are also held once more in float32
+        copies = 1 if hidden.dtype == accumulator_dtype(hidden.dtype) else 2
+
+        def used() -> int:
+            return item * (tiles * rows * columns + copies * max(rows, columns) * width)
+
+        while used() > workspace_bytes and max(rows, columns) > SMALLEST:
+            if rows > columns:
+                rows = max(SMALLEST, rows // 2)
+            else:
+                columns = max(SMALLEST, columns // 2)
+        self.rows, self.columns = max(rows, 1), max(columns, 1)
+
+    def row_slices(self) -> Iterator[slice]:
+        return _slices(self.rows_total, self.rows)
+
+    def column_slices(self) -> Iterator[slice]:
+        return _slices(self.columns_total, self.columns)
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _onednn(a: Tensor) -> bool:
+    # MKL's sgemm runs AVX2 code on AMD processors; oneDNN's AVX-512 one is 2.2x as fast there and equal elsewhere.
+    return a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, L] in the accumulator's precision: float32 out of bf16 and fp16, never rounded back.
+
+    a is a tile in that precision or an operand in the input's. A GPU multiplies in the input's dtype; the CPU has no
+    such matmul with a float32 result, so there both are in the accumulator's dtype already.
+    """
+    if a.dtype.itemsize > b.dtype.itemsize:
+        a = a.to(b.dtype)
+    if a.dtype.itemsize < 4:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if _onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
+    return a @ b
+
+
+def _packed(x: Tensor) -> Tensor:
+    # Rows with a gap between them send oneDNN to its reference loop, a thousand times slower.
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+
+
+def _operand(x: Tensor) -> Tensor:
+    """x as the matmuls of its device want it."""
+    return x.to(accumulator_dtype(x.dtype)) if x.device.type == "cpu" else x
+
+
+def logits_tile(
+    hidden: Tensor,  # [R, D]
+    weight: Tensor,  # [C, D]
+    bias: Tensor | None,  # [C]
+    spec: HeadSpec,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [R, C] and, with a softcap, their slope 1 - tanh^2 [R, C]."""
+    z = matmul(hidden, weight.T)
+    if bias is not None:
+        z += bias
+    slope = None
+    if spec.softcap is None:
+        if spec.slope != 1.0:
+            z *= spec.slope
+        return z, slope
+    z = z.mul_(spec.logit_scale / spec.softcap).tanh_()
+    slope = (z * z).neg_().add_(1.0)
+    return z.mul_(spec.softcap / spec.temperature), slope
+
+
+def _target_columns(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which rows have their target in this chunk, and a column that is safe to gather for all of them."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return inside, torch.where(inside, targets - columns.start, 0)[:, None]
+
+
+def _finite(row_max: Tensor) -> Tensor:
+    """exp(-inf - -inf) is NaN; a row that is -inf so far is measured from 0 instead."""
+    return torch.where(row_max == float("-inf"), 0.0, row_max)
+
+
+def forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]; a row whose target is outside [0, V) gets NaN
+    bias: Tensor | None,  # [V]
+    spec: HeadSpec,
+    *,
+    entropy: bool,
+    direction: bool,
+    workspace_bytes: int,
+) -> HeadForward:
+    dtype = accumulator_dtype(hidden.dtype)
+    n = hidden.shape[0]
+    tiling = Tiling(hidden, weight, workspace_bytes, tiles=1 + entropy + (spec.softcap is not None))
+    row_max = hidden.new_full((n,), float("-inf"), dtype=dtype)
+    row_sum = hidden.new_zeros(n, dtype=dtype)
+    logits = hidden.new_full((n,), float("nan"), dtype=dtype)
+    u = hidden.new_zeros(n, dtype=dtype) if entropy else None  # sum of (z - m) e^(z - m)
+    pull = hidden.new_zeros(hidden.shape, dtype=dtype) if direction else None  # Q
+    off_target = hidden.new_zeros(n, dtype=dtype) if direction else None
+    slope_y = hidden.new_ones(n, dtype=dtype)
+
+    operand = _operand(hidden)
+    for columns in tiling.column_slices():
+        chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
+        for rows in tiling.row_slices():
+            z, slope = logits_tile(operand[rows], chunk, chunk_bias, spec)
+            inside, at = _target_columns(targets[rows], columns)
+            logits[rows] = torch.where(inside, z.gather(1, at)[:, 0], logits[rows])
+            m = torch.maximum(row_max[rows], z.amax(1))
+            shrink = (row_max[rows] - _finite(m)).exp_()
+            z.sub_(_finite(m)[:, None])
+            if entropy:
+                moved = torch.where(shrink == 0, 0.0, row_max[rows] - m)
+                u[rows] = shrink * (u[rows] + moved * row_sum[rows])
+                e = z.exp()
+                u[rows] += z.mul_(e).nan_to_num_(nan=0.0).sum(1)  # -inf x 0 where the bias masks a token
+            else:
+                e = z.exp_()
+            row_sum[rows] = row_sum[rows] * shrink + e.sum(1)
+            if direction:
+                # Without the target's own term Q stays accurate as p_y -> 1, where W_y - sum p W cancels.
+                e.scatter_(1, at, torch.where(inside[:, None], 0.0, e.gather(1, at)))
+                off_target[rows] = off_target[rows] * shrink + e.sum(1)
+                if slope is not None:
+                    slope_y[rows] = torch.where(inside, slope.gather(1, at)[:, 0], slope_y[rows])
+                    e *= slope
+                part = pull[rows]
+                part *= shrink[:, None]
+                part += matmul(e, chunk)
+            row_max[rows] = m
+
+    logps = (logits - row_max) - row_sum.log()
+    grad = None
+    if direction:
+        wanted = targets.clamp(0, weight.shape[0] - 1)
+        grad = _direction(pull, weight, wanted, slope_y * off_target / row_sum, row_sum, spec)
+        grad[(targets < 0) | (targets >= weight.shape[0])] = float("nan")
+        grad = grad.to(hidden.dtype)
+    return HeadForward(logps, row_sum.log() - u / row_sum if entropy else None, row_max, row_sum, grad)
+
+
+def _direction(pull: Tensor, weight: Tensor, targets: Tensor, push: Tensor, row_sum: Tensor, spec: HeadSpec) -> Tensor:
+    """d logp / d hidden = scale / temperature * ((1 - p_y) f_y W_y - sum over k != y of p_k f_k W_k), in place."""
+    pull *= (-spec.slope / row_sum)[:, None]
+    pull.addcmul_(weight[targets].to(pull.dtype), (spec.slope * push)[:, None])
+    return pull
+
+
+def backward(
+    grad_logps: Tensor,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    saved: HeadSaved,
+    spec: HeadSpec,
+    *,
+    need: HeadNeed,
+    workspace_bytes: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden, weight, targets, bias, row_max, row_sum, _ = saved
+    dtype = accumulator_dtype(hidden.dtype)
+    tiling = Tiling(hidden, weight, workspace_bytes, tiles=1 + (grad_entropy is not None) + (spec.softcap is not None))
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
+    d_bias = torch.empty_like(bias) if need.bias else None
+    operand = _operand(hidden)
+    # Held once for all chunks: oneDNN's dz^T h is faster with h of unit stride in N.
+    columnwise = need.weight and _onednn(operand)
+    right = [operand[rows].T.contiguous().T if columnwise else operand[rows] for rows in tiling.row_slices()]
+
+    for columns in tiling.column_slices():
+        chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
+        d_chunk, d_chunk_bias = None, None
+        for rows, hidden_rows in zip(tiling.row_slices(), right, strict=True):
+            dz = _dlogits_tile(operand[rows], chunk, chunk_bias, grad_logps, grad_entropy, saved, spec, rows, columns)
+            if need.bias:
+                part = dz.sum(0)
+                d_chunk_bias = part if d_chunk_bias is None else d_chunk_bias.add_(part)
+            if need.hidden:
+                d_hidden[rows] += matmul(dz, chunk)
+            if need.weight:
+                part = matmul(dz.T, hidden_rows)
+                d_chunk = part if d_chunk is None else d_chunk.add_(part)
+        if need.weight:
+            d_weight[columns] = d_chunk
+        if need.bias:
+            d_bias[columns] = d_chunk_bias
+    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+def _dlogits_tile(
+    hidden: Tensor,  # [R, D]
+    chunk: Tensor,  # [C, D]
+    chunk_bias: Tensor | None,  # [C]
+    grad_logps: Tensor,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    saved: HeadSaved,
+    spec: HeadSpec,
+    rows: slice,
+    columns: slice,
+) -> Tensor:
+    """Gradient at the matmul's output, [R, C]: c (1[k = y] - p) - g p (log p + H), times slope and scale."""
+    z, slope = logits_tile(hidden, chunk, chunk_bias, spec)
+    c = grad_logps[rows] * spec.slope
+    s = saved.row_sum[rows]
+    inside, at = _target_columns(saved.targets[rows], columns)
+    z.sub_(saved.row_max[rows][:, None])
+    if grad_entropy is None:
+        e = z.exp_()
+        e_y = e.gather(1, at)[:, 0]
+        dz = e.mul_((-c / s)[:, None])
+    else:
+        g = grad_entropy[rows] * spec.slope
+        e = z.exp()
+        e_y = e.gather(1, at)[:, 0]
+        z += (saved.entropy[rows] - s.log())[:, None]
+        dz = z.mul_(-g[:, None]).sub_(c[:, None]).mul_(e).nan_to_num_(nan=0.0).div_(s[:, None])
+    # At the target s - e is exact where p -> 1; 1 - p would already have lost the digits that matter.
+    d_y = dz.gather(1, at)[:, 0]
+    exact = (s - e_y) * (c / s) if grad_entropy is None else d_y + c
+    dz.scatter_(1, at, torch.where(inside, exact, d_y)[:, None])
+    return dz if slope is None else dz.mul_(slope)

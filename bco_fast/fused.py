@@ -1,0 +1,67 @@
+"""Drop-ins for other people's training loops: hidden states in, loss out, no logits between."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .logps import fused_linear_logps, sequence_logps
+from .losses import LossOutput, bco_loss
+from .reward_shift import RewardShift
+
+
+def fused_bco_loss(
+    hidden: Tensor,  # [B, T, D], or [total, D] with cu_seqlens
+    lm_head_weight: Tensor,  # [V, D]
+    targets: Tensor,  # [B, T] or [total]
+    labels: Tensor,  # [B] bool
+    ref_logps: Tensor,  # [B]
+    *,
+    beta: float = 0.1,
+    delta: float | RewardShift = 0.0,
+    sample_weight: Tensor | None = None,  # [B]
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+) -> LossOutput:
+    """`bco_loss` of a batch, from last hidden states and the lm-head weight.
+
+    Replaces `logits = lm_head(hidden)`, log-softmax, gather, sum and loss in an existing trainer. Composed of
+    `fused_linear_logps`, `sequence_logps` and `bco_loss`, which document shapes, dtypes and errors.
+
+    Args:
+        hidden: last hidden states, already shifted: position t predicts `targets[..., t]`.
+        targets: token ids; `ignore_index` for prompt and padding.
+        labels: True for thumbs up.
+        ref_logps: summed completion log-probabilities under the reference, float32.
+        delta: a float, or a `RewardShift`. The shift observes this batch if hidden or weight carries a gradient, so
+            evaluation never moves it; call its `step()` after the optimizer's.
+        cu_seqlens: cumulative sequence lengths of a batch packed without padding.
+
+    Returns:
+        `LossOutput`; `rewards` and `logps` are [B].
+    """
+    token_logps = fused_linear_logps(
+        hidden,
+        lm_head_weight,
+        targets,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        sparse_tolerance=sparse_tolerance,
+    )
+    logps = sequence_logps(token_logps, cu_seqlens=cu_seqlens)
+    if isinstance(delta, RewardShift) and logps.requires_grad:
+        delta.observe(beta * (logps.detach() - ref_logps), labels)
+    return bco_loss(logps, ref_logps, labels, beta=beta, delta=delta, sample_weight=sample_weight)

@@ -1,0 +1,222 @@
+"""Log-probabilities of given tokens straight from hidden states and the lm-head weight; the logits never exist."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._backends import HeadSpec
+
+_INDEX_DTYPES = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALLEST_WORKSPACE = 64 * 64 * 8  # one tile of 64 x 64 logits and their gradients
+
+
+@dataclass
+class HeadStats:
+    """Filled in by the backward of `fused_linear_logps(..., stats=stats)`."""
+
+    rho: float | None = None
+    """Share of (row, vocabulary tile) cells that the backward computed; 1.0 for the dense, exact backward."""
+    certified: float | None = None
+    """Proved bound on the relative L1 error of dlogits; 0.0 for the dense, exact backward."""
+
+
+def fused_linear_logps(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...] int64 or int32
+    *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+    stats: HeadStats | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target token under an lm-head, without the [tokens, vocabulary] logits.
+
+    The same as these lines, in float32 whatever the inputs are, with memory bounded by `workspace_bytes`:
+
+        logits = hidden @ weight.T (+ bias), then * logit_scale, softcap * tanh(. / softcap), / temperature
+        logps = log_softmax(logits, -1).gather(-1, targets)            0 where targets == ignore_index
+
+    `targets[i]` is the token that `hidden[i]` predicts: shift before calling. Rows that are ignored cost nothing.
+    With a frozen head (weight and bias without gradient) on the `torch` backend the forward also keeps
+    d logp / d hidden, so forward and backward together cost 4NDV FLOP; otherwise they cost 8NDV, and 2NDV without
+    gradient. The order of operations is that of the model families: Cohere and Granite scale, Gemma 2 caps.
+
+    Args:
+        hidden: last hidden states; float32, bfloat16, float16 or float64; any leading shape.
+        weight: lm-head weight, the dtype and device of hidden. Under autocast both are cast to its dtype.
+        targets: token ids in [0, V), or `ignore_index`; the leading shape of hidden.
+        bias: lm-head bias. -inf masks a token out of the vocabulary.
+        logit_scale: multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling); finite, not 0.
+        softcap: final_logit_softcapping of Gemma 2, > 0; None for none.
+        temperature: divides the logits last; > 0.
+        return_entropy: also return the entropy of each row's distribution, in nats; differentiable.
+        backend: "triton" (a GPU, or TRITON_INTERPRET=1), "torch" (any device), "reference" (float64, materialises the
+            logits), or "auto": triton on a GPU that it supports, torch elsewhere. A named backend never falls back.
+        workspace_bytes: what the logits tiles and the partial products beside them may take, at least 32 KiB. One
+            float32 copy of hidden comes on top.
+        sparse_tolerance: 0.0, the dense and exact backward, is the only value of this version.
+        stats: filled in by the backward.
+
+    Returns:
+        logps, in nats, the shape of targets; float32 (float64 for float64 inputs). With `return_entropy`
+        (logps, entropy).
+
+    Raises:
+        TypeError: a dtype is not one of the above, or hidden and weight differ.
+        ValueError: shapes or devices do not match, an option is out of range, or (CPU only) a value of hidden or
+            weight is not finite.
+        IndexError: (CPU only) a target is outside [0, V); names the row. On a GPU that row's logp is NaN.
+        RuntimeError: the named backend cannot run here.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        lower = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(lower), weight.to(lower)
+        bias = None if bias is None else bias.to(lower)
+    _check_tensors(hidden, weight, targets, bias)
+    spec = _check_options(logit_scale, softcap, temperature, backend, workspace_bytes, sparse_tolerance)
+    logps, entropy = _ops.linear_logps(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        targets.reshape(-1).long(),
+        bias,
+        spec,
+        ignore_index=ignore_index,
+        entropy=return_entropy,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+    )
+    if stats is not None and logps.requires_grad:
+        logps.register_hook(lambda _: _dense(stats))
+    logps = logps.view(targets.shape)
+    return (logps, entropy.view(targets.shape)) if return_entropy else logps
+
+
+def _dense(stats: HeadStats) -> None:
+    stats.rho, stats.certified = 1.0, 0.0
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, not {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them")
+    if targets.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"targets must be int64 or int32 token ids, not {targets.dtype}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight must be [V, D] with V, D > 0, not {list(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} disagree about D")
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets {list(targets.shape)} must have the leading shape of hidden {list(hidden.shape)}")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [{weight.shape[0]}], not {list(bias.shape)}")
+        if not bias.dtype.is_floating_point:
+            raise TypeError(f"bias must be floating point, not {bias.dtype}")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device} and {name} on {tensor.device}")
+
+
+def _check_options(
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    workspace_bytes: int,
+    sparse_tolerance: float,
+) -> HeadSpec:
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be finite and not 0, not {logit_scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be > 0 or None, not {softcap}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be > 0, not {temperature}")
+    if backend not in _ops.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_ops.BACKENDS)}, not {backend!r}")
+    if workspace_bytes < SMALLEST_WORKSPACE:
+        raise ValueError(
+            f"workspace_bytes must be at least {SMALLEST_WORKSPACE} (one small tile), not {workspace_bytes}"
+        )
+    if sparse_tolerance != 0.0:
+        raise ValueError(
+            f"sparse_tolerance must be 0.0 (the dense, exact backward) in this version, not {sparse_tolerance}"
+        )
+    return HeadSpec(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+
+def sequence_logps(
+    token_logps: Tensor,  # [B, T], or [total] with cu_seqlens
+    *,
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    mask: Tensor | None = None,  # the shape of token_logps
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:  # [B]
+    """Sum or mean of token log-probabilities per sequence.
+
+    `fused_linear_logps` gives 0 to ignored tokens, so a sum needs no mask; a mean does, or it would divide by them too.
+    Accumulates in float64: the log-ratios made of these sums are small differences of large numbers.
+
+    Args:
+        token_logps: [B, T], or the packed [total] of B sequences with `cu_seqlens`; nats.
+        cu_seqlens: cumulative sequence lengths of a packed batch, int32 or int64, from 0 to total.
+        mask: True for the tokens that count.
+        reduction: "sum", or "mean" over the tokens that count.
+
+    Returns:
+        [B], the dtype of token_logps; differentiable.
+
+    Raises:
+        TypeError: mask is not bool, or cu_seqlens not integer.
+        ValueError: shapes do not match, or (CPU only) cu_seqlens is not an increasing cover of token_logps, or a
+            sequence has no token to take the mean of; names the row.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
+    if token_logps.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            f"token_logps must be [B, T], or [total] with cu_seqlens; it is {list(token_logps.shape)} "
+            f"{'without' if cu_seqlens is None else 'with'} cu_seqlens"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, not {mask.dtype}")
+    if mask is not None and mask.shape != token_logps.shape:
+        raise ValueError(f"mask {list(mask.shape)} and token_logps {list(token_logps.shape)} must have one shape")
+    values = token_logps.double() if mask is None else torch.where(mask, token_logps, 0.0).double()
+    counts = torch.ones_like(values) if mask is None else mask.double()
+    if cu_seqlens is None:
+        sums, counts = values.sum(1), counts.sum(1)
+    else:
+        sums, counts = _segment_sums(values, cu_seqlens), _segment_sums(counts, cu_seqlens)
+    if reduction == "sum":
+        return sums.to(token_logps.dtype)
+    if counts.device.type == "cpu" and (counts == 0).any():
+        raise ValueError(f"sequence {int((counts == 0).nonzero()[0])} has no token to take the mean of")
+    return (sums / counts).to(token_logps.dtype)
+
+
+def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if cu_seqlens.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"cu_seqlens must be int64 or int32, not {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [B + 1], not {list(cu_seqlens.shape)}")
+    lengths = cu_seqlens.long().diff()
+    if cu_seqlens.device.type == "cpu" and (
+        cu_seqlens[0] != 0 or cu_seqlens[-1] != values.shape[0] or (lengths < 0).any()
+    ):
+        raise ValueError(f"cu_seqlens must rise from 0 to {values.shape[0]}, not {cu_seqlens.tolist()}")
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)

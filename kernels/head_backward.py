@@ -1,0 +1,63 @@
+"""The gradient with respect to one vocabulary chunk of logits, from the recomputed matmul tile.
+
+    dz[n, k] = c[n] (1[k = y_n] - p[n, k]) - g[n] p[n, k] (log p[n, k] + H[n]),     p = e^(z - m) / s
+
+c is the upstream gradient of logp, g that of the entropy H. What is stored is the gradient at the matmul's output,
+dz * logit_scale / temperature * (1 - tanh^2) with a softcap, in the dtype the next matmul wants.
+
+    tile  [N, C]  fp32, hidden @ weight[first : first + C].T        out  [N, C]  bf16, fp16 or fp32
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import finish_logits, guarded_exp
+
+
+@triton.jit
+def dlogits_kernel(
+    tile_ptr,
+    bias_ptr,
+    target_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    entropy_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,
+    out_ptr,
+    N,
+    V,
+    FIRST,  # vocabulary id of the tile's first column
+    C,
+    stride_tn,
+    stride_on,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    o_v = FIRST + o_c
+    m_n = o_n < N
+    m_tile = m_n[:, None] & (o_c < C)[None, :]
+    b_z = tl.load(tile_ptr + o_n[:, None] * stride_tn + o_c[None, :], mask=m_tile, other=0.0)
+    b_z, b_slope = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+    b_max = tl.load(row_max_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    b_sum = tl.load(row_sum_ptr + o_n, mask=m_n, other=1.0)[:, None]
+    b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)[:, None]
+    b_e = guarded_exp(b_z, b_max)
+    # At the target e - s is exact where p -> 1; p - 1 would already have lost the digits that matter.
+    b_dz = tl.where(o_v[None, :] == b_target, b_sum - b_e, -b_e) * (b_c / b_sum)
+    if HAS_GRAD_ENTROPY:
+        b_g = tl.load(grad_entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
+        b_entropy = tl.load(entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
+        b_logp = tl.where(b_e == 0.0, 0.0, b_z - b_max) - tl.log(b_sum)
+        b_dz -= b_g * (b_e / b_sum) * (b_logp + b_entropy)
+    b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)
+    tl.store(out_ptr + o_n[:, None] * stride_on + o_c[None, :], b_dz.to(out_ptr.dtype.element_ty), mask=m_tile)

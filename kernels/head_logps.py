@@ -1,0 +1,125 @@
+"""Per-token log-probabilities of an lm_head, without the logits.
+
+    logp[n] = (z[n, y_n] - m[n]) - log s[n],    m = max_v z[n, v],    s = sum_v exp(z[n, v] - m[n])      (nats)
+
+A program owns BLOCK_N rows and one of S vocabulary ranges. It walks its range with the statistics of its rows in
+registers and writes them once; `merge_splits_kernel` joins the ranges. No atomics and no locks, so the same inputs
+give the same bits.
+
+    hidden  [N, D]      bf16, fp16, fp32 (fp64 when interpreted); unit stride in D
+    weight  [V, D]      the dtype of hidden; unit stride in D
+    target  [N]         int64; a row whose target is outside [0, V) gets NaN and reads nothing foreign
+    part    [S, 4, N]   ACC: m, s, the target's logit (0 where another range owns it), u = sum (z - m) e^(z - m)
+
+Logits exist only in registers. 2NDV FLOP; weight is read N / BLOCK_N times, mostly from L2, because programs of
+neighbouring rows run together over the same vocabulary range.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import finish_logits, guarded_exp, logits_tile
+
+
+@triton.jit
+def head_logps_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    part_ptr,
+    N,
+    V,
+    D,
+    SPLIT,  # columns per program, a multiple of BLOCK_V
+    stride_hn,
+    stride_wv,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    i_n = tl.program_id(0)
+    i_s = tl.program_id(1)
+    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)
+    b_max = tl.full((BLOCK_N,), float("-inf"), ACC)
+    b_sum = tl.zeros((BLOCK_N,), ACC)
+    b_logit = tl.zeros((BLOCK_N,), ACC)
+    b_u = tl.zeros((BLOCK_N,), ACC)
+    first = i_s * SPLIT
+    last = tl.minimum(first + SPLIT, V)
+    for start in range(first, last, BLOCK_V):
+        o_v = tl.arange(0, BLOCK_V).to(tl.int64) + start
+        b_z = logits_tile(
+            hidden_ptr, weight_ptr, o_n, o_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, ACC, UPCAST
+        )
+        b_z, _ = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+        b_logit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_z, 0.0), axis=1)
+        b_new = tl.maximum(b_max, tl.max(b_z, axis=1))
+        b_shrink = guarded_exp(b_max, b_new)
+        b_e = guarded_exp(b_z, b_new[:, None])
+        if HAS_ENTROPY:
+            moved = tl.where(b_max == float("-inf"), 0.0, b_max - b_new)
+            b_u = b_shrink * (b_u + moved * b_sum)
+            b_u += tl.sum(tl.where(b_e == 0.0, 0.0, (b_z - b_new[:, None]) * b_e), axis=1)
+        b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)
+        b_max = b_new
+    p_part = part_ptr + i_s.to(tl.int64) * 4 * N + o_n
+    tl.store(p_part, b_max, mask=m_n)
+    tl.store(p_part + N, b_sum, mask=m_n)
+    tl.store(p_part + 2 * N, b_logit, mask=m_n)
+    if HAS_ENTROPY:
+        tl.store(p_part + 3 * N, b_u, mask=m_n)
+
+
+@triton.jit
+def merge_splits_kernel(
+    part_ptr,
+    target_ptr,
+    logp_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    entropy_ptr,
+    N,
+    V,
+    S,
+    BLOCK_N: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Join the vocabulary ranges: one row of [S] statistics each to logp, m, s and entropy = log s - u / s."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)
+    b_max = tl.full((BLOCK_N,), float("-inf"), ACC)
+    for i_s in range(0, S):
+        b_max = tl.maximum(b_max, tl.load(part_ptr + i_s * 4 * N + o_n, mask=m_n, other=0.0))
+    b_sum = tl.zeros((BLOCK_N,), ACC)
+    b_logit = tl.zeros((BLOCK_N,), ACC)
+    b_u = tl.zeros((BLOCK_N,), ACC)
+    for i_s in range(0, S):
+        p_part = part_ptr + i_s * 4 * N + o_n
+        b_part_max = tl.load(p_part, mask=m_n, other=0.0)
+        b_part_sum = tl.load(p_part + N, mask=m_n, other=1.0)
+        b_shrink = guarded_exp(b_part_max, b_max)
+        b_sum += b_part_sum * b_shrink
+        b_logit += tl.load(p_part + 2 * N, mask=m_n, other=0.0)
+        if HAS_ENTROPY:
+            moved = tl.where(b_part_max == float("-inf"), 0.0, b_part_max - b_max)
+            b_u += b_shrink * (tl.load(p_part + 3 * N, mask=m_n, other=0.0) + moved * b_part_sum)
+    b_logp = (b_logit - b_max) - tl.log(b_sum)
+    b_logp = tl.where((b_target >= 0) & (b_target < V), b_logp, float("nan"))
+    tl.store(logp_ptr + o_n, b_logp, mask=m_n)
+    tl.store(row_max_ptr + o_n, b_max, mask=m_n)
+    tl.store(row_sum_ptr + o_n, b_sum, mask=m_n)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + o_n, tl.log(b_sum) - b_u / b_sum, mask=m_n)

@@ -1,0 +1,88 @@
+"""Pieces shared by the lm-head kernels: one logits tile, the arithmetic after the matmul, the online softmax.
+
+In the kernels i_ is a program index, o_ offsets, m_ a mask, p_ a pointer, b_ a block in registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def logits_tile(
+    hidden_ptr,
+    weight_ptr,
+    o_n,  # [BLOCK_N] rows, int64
+    o_v,  # [BLOCK_V] vocabulary ids, int64: V * D passes 2^31 for real models
+    N,
+    V,
+    D,
+    stride_hn,
+    stride_wv,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """hidden[o_n] @ weight[o_v].T in ACC precision; rows and columns past the edges come out as 0."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_hidden = hidden_ptr + o_n[:, None] * stride_hn + o_d[None, :]
+    p_weight = weight_ptr + o_v[None, :] * stride_wv + o_d[:, None]
+    b_acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
+    for start in range(0, D, BLOCK_D):
+        m_d = o_d < D - start
+        b_hidden = tl.load(p_hidden + start, mask=(o_n < N)[:, None] & m_d[None, :], other=0.0)
+        b_weight = tl.load(p_weight + start, mask=(o_v < V)[None, :] & m_d[:, None], other=0.0)
+        if UPCAST:  # the interpreter multiplies the bit patterns of bf16
+            b_hidden = b_hidden.to(ACC)
+            b_weight = b_weight.to(ACC)
+        b_acc = tl.dot(b_hidden, b_weight, b_acc, input_precision="ieee", out_dtype=ACC)
+    return b_acc
+
+
+@triton.jit
+def tanh(x):
+    """tanh from exp. Below 0.25 the quotient cancels, so an odd polynomial takes over (1e-8 relative)."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    series = 1.0 + x2 * (
+        -0.3333333333333333 + x2 * (0.13333333333333333 + x2 * (-0.05396825396825397 + x2 * 0.021869488536155203))
+    )
+    return tl.where(x2 < 0.0625, x * series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def finish_logits(
+    b_z,  # [BLOCK_N, BLOCK_V] hidden @ weight.T
+    bias_ptr,
+    o_v,
+    V,
+    LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """+ bias, x scale, softcap, / temperature, in that order; then -inf past the vocabulary.
+
+    Also returns d(softcap(x))/dx, which is 1 without a softcap.
+    """
+    if HAS_BIAS:
+        b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]
+    b_z = b_z * LOGIT_SCALE
+    b_slope = tl.full(b_z.shape, 1.0, b_z.dtype)
+    if HAS_SOFTCAP:
+        b_t = tanh(b_z * (1.0 / SOFTCAP))
+        b_z = b_t * SOFTCAP
+        b_slope = 1.0 - b_t * b_t
+    b_z = b_z * (1.0 / TEMPERATURE)
+    # The mask comes last: a bias or softcap on a masked logit would make it finite again.
+    b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))
+    return b_z, b_slope
+
+
+@triton.jit
+def guarded_exp(b_x, b_max):
+    """exp(x - max), 0 where both are -inf."""
+    return tl.where(b_x == float("-inf"), 0.0, tl.exp(b_x - b_max))

@@ -1,0 +1,11 @@
+"""Packages are named one by one: kernels/ has no __init__.py on purpose, and find_packages would drop it."""
+
+from setuptools import setup
+
+setup(
+    packages=["bco_fast", "bco_fast._backends", "bco_fast.kernels"],
+    # A tracked symlink bco_fast/kernels points here too; a regular package called `kernels` at the root would
+    # shadow Hugging Face's package of that name, which transformers imports.
+    package_dir={"bco_fast": "bco_fast", "bco_fast.kernels": "kernels"},
+    package_data={"bco_fast": ["py.typed"]},
+)
