@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .metrics import unpaired_metrics, unpaired_sums
 from .reward_shift import RewardShift
 
 
@@ -77,7 +78,10 @@ def bco_loss(
         per_example=per_example,
         rewards=rewards.detach(),
         logps=logps.detach(),
-        metrics=unpaired_metrics(rewards.detach(), logps.detach(), labels, shift),
+        metrics={
+            **unpaired_metrics(unpaired_sums(rewards, logps, labels, shift)),
+            "delta": torch.as_tensor(shift, dtype=torch.float32),
+        },
     )
 
 
@@ -101,33 +105,6 @@ LOSSES: dict[str, Callable[..., LossOutput]] = {"bco": bco_loss, "bce": bce_loss
 
 SHIFTED = frozenset({"bco"})
 """Those that read a `RewardShift`."""
-
-
-@torch.no_grad()
-def unpaired_metrics(
-    rewards: Tensor,  # [B]
-    logps: Tensor,  # [B]
-    labels: Tensor,  # [B] bool
-    shift: float | Tensor,
-) -> dict[str, Tensor]:
-    """Means by class under TRL's names, and the error term E₊[e^-(r-δ)] + E₋[e^(r-δ)] of BCO Fig. 3."""
-
-    def mean(values: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, values, 0.0).sum() / where.sum()  # 0 / 0: NaN where the class is absent
-
-    up, down = labels, ~labels
-    chosen, rejected = mean(rewards, up), mean(rewards, down)
-    shifted = rewards - shift
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": ((shifted > 0) == labels).float().mean(),
-        "logps/chosen": mean(logps, up),
-        "logps/rejected": mean(logps, down),
-        "delta": torch.as_tensor(shift, dtype=torch.float32, device=rewards.device),
-        "error_term": mean(torch.exp(-shifted), up) + mean(torch.exp(shifted), down),
-    }
 
 
 def check_unpaired(

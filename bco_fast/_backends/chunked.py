@@ -202,7 +202,7 @@ def backward(
     need: HeadNeed,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden, weight, targets, bias, row_max, row_sum, _ = saved
+    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
     dtype = accumulator_dtype(hidden.dtype)
     tiling = Tiling(hidden, weight, workspace_bytes, tiles=1 + (grad_entropy is not None) + (spec.softcap is not None))
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None

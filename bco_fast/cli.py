@@ -1,0 +1,188 @@
+"""bco-fast: the command line. The last line of `train` and `demo` on standard output is one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """Something the user can mend; printed as one line, exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(" ".join(message.split()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": train, "demo": demo}
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("bco_fast").setLevel(logging.INFO)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(__doc__ + "\n    bco-fast train --model PATH --data FILE --output_dir DIR   align a model from feedback"
+                  "\n    bco-fast demo [--output_dir DIR]                            the whole story on a tiny model"
+                  "\n\n`bco-fast train --help` lists every option.")  # fmt: skip
+            return 0
+        if arguments[0] == "--version":
+            from . import __version__
+
+            print(f"bco_fast {__version__}")
+            return 0
+        if arguments[0] not in commands:
+            raise UsageError(f"unknown command {arguments[0]!r}{_nearest(arguments[0], commands)}")
+        summary = commands[arguments[0]](arguments[1:])
+    except UsageError as error:
+        print(f"bco-fast: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary), flush=True)
+    return 0
+
+
+def _nearest(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def peak_memory_mb() -> float:
+    """Of the GPU where there is one, else of this process, in MB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _parse_train(arguments: list[str]):
+    """-> (namespace of our own options, FeedbackConfig)."""
+    own = _Parser(prog="bco-fast train", add_help=False, allow_abbrev=False)
+    own.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
+    own.add_argument("--data", required=True, help="feedback, JSONL: prompt, completion, label (and weight)")
+    own.add_argument("--eval_data", "--eval-data", help="held-out feedback; default: a share of --data")
+    own.add_argument(
+        "--eval_fraction", "--eval-fraction", type=float, default=0.1,
+        help="share of the prompts of --data that is held out when --eval_data is not given; 0 for none",
+    )  # fmt: skip
+
+    from transformers import HfArgumentParser
+
+    from .trainer import FeedbackConfig
+
+    if any(a in ("-h", "--help") for a in arguments):
+        parser = HfArgumentParser(FeedbackConfig, prog="bco-fast train", parents=[own], add_help=True)
+        parser.print_help()
+        raise SystemExit(0)
+
+    class Parser(_Parser, HfArgumentParser):
+        pass
+
+    known = Parser(FeedbackConfig, allow_abbrev=False, add_help=False)
+    options, rest = own.parse_known_args(arguments)
+    for path in (options.model, options.data, options.eval_data):
+        if path is not None and path.startswith(("-",)):
+            raise UsageError(f"{path!r} is not a path")
+    namespace, unknown = known.parse_known_args(rest)
+    if unknown:
+        flags = [flag for parser in (own, known) for flag in parser._option_string_actions]
+        raise UsageError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].split('=')[0], flags)}")
+    if namespace.output_dir is None:
+        raise UsageError("the following arguments are required: --output_dir")
+    fields = {f for f in FeedbackConfig.__dataclass_fields__ if FeedbackConfig.__dataclass_fields__[f].init}
+    try:
+        return options, FeedbackConfig(**{name: value for name, value in vars(namespace).items() if name in fields})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def _load_model(path: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
+        raise UsageError(f"--model {path}: no such folder")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from None
+
+
+def train(arguments: list[str]) -> dict:
+    """Align a model from a file of thumbs up and down. Everything is read and checked before anything is written."""
+    start = time.perf_counter()
+    options, config = _parse_train(arguments)
+
+    from .data import FeedbackError, read_rows, split_by_prompt, tokenize_rows
+
+    for flag, path in (("--data", options.data), ("--eval_data", options.eval_data)):
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"{flag} {path}: no such file")
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise UsageError(f"--output_dir {config.output_dir} is a file")
+    try:
+        rows = read_rows(options.data, on_bad_row=config.on_bad_row)
+        held_out = read_rows(options.eval_data, on_bad_row=config.on_bad_row) if options.eval_data else []
+        if not held_out and options.eval_fraction:
+            rows, held_out = split_by_prompt(rows, options.eval_fraction)
+        model, tokenizer = _load_model(options.model)
+        limits = {
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "on_bad_row": config.on_bad_row,
+        }
+        datasets = [tokenize_rows(part, tokenizer, **limits) if part else None for part in (rows, held_out)]
+    except (FeedbackError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    return run_training(model, tokenizer, config, *datasets, start=start)
+
+
+def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:
+    """Train, evaluate, save; -> what `train` prints."""
+    from .cache import CacheError
+    from .trainer import FeedbackTrainer
+
+    try:
+        trainer = FeedbackTrainer(model, config, train_dataset, eval_dataset, processing_class=tokenizer)
+    except (CacheError, ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    report = trainer.reference_report
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "rows": len(train_dataset),
+        "cache_rows": report.rows,
+        "cache_hits": report.hits,
+        "cache_computed": report.computed,
+        "delta": round(trainer._delta(), 4),
+        "held_out_rows": 0 if eval_dataset is None else len(eval_dataset),
+        "held_out_margin": metrics.get("eval_rewards/margins"),
+        "held_out_auc": metrics.get("eval_rewards/auc"),
+        "output_dir": config.output_dir,
+    }
+
+
+def demo(arguments: list[str]) -> dict:
+    """Build a tiny model from a seed, teach it from noisy demonstrations, then align it from thumbs up and down."""
+    parser = _Parser(prog="bco-fast demo", allow_abbrev=False)
+    parser.add_argument("--output_dir", "--output-dir", default="runs/demo", help="where results are written")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the training")
+    options = parser.parse_args(arguments)
+
+    from .demo import run
+
+    return run(Path(options.output_dir), seed=options.seed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""What is logged about a batch of thumbs up and down: sums that add up over micro-batches and ranks, then means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FIELDS = ("up", "down", "r_up", "r_down", "logp_up", "logp_down", "correct", "error_up", "error_down")
+
+
+@torch.no_grad()
+def unpaired_sums(
+    rewards: Tensor,  # [B]
+    logps: Tensor,  # [B]
+    labels: Tensor,  # [B] bool
+    shift: float | Tensor,
+) -> Tensor:  # [9] float64
+    """Counts and sums by class; add them over batches and ranks, then call `unpaired_metrics`."""
+    r, logps = rewards.detach().double(), logps.detach().double()
+    shifted = r - shift
+
+    def total(values: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0).sum()
+
+    up, down = labels, ~labels
+    return torch.stack(
+        [
+            up.sum().double(),
+            down.sum().double(),
+            total(r, up),
+            total(r, down),
+            total(logps, up),
+            total(logps, down),
+            ((shifted > 0) == labels).sum().double(),
+            total(torch.exp(-shifted), up),
+            total(torch.exp(shifted), down),
+        ]
+    )
+
+
+def unpaired_metrics(sums: Tensor) -> dict[str, Tensor]:
+    """Means under TRL's names, as 0-d tensors; NaN where a class is absent.
+
+    `error_term` is E₊[e^-(r-δ)] + E₋[e^(r-δ)], the gap between BCE and DPO (arXiv 2404.04656, Fig. 3).
+    """
+    s = dict(zip(_FIELDS, sums, strict=True))
+    chosen, rejected = s["r_up"] / s["up"], s["r_down"] / s["down"]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": s["correct"] / (s["up"] + s["down"]),
+        "logps/chosen": s["logp_up"] / s["up"],
+        "logps/rejected": s["logp_down"] / s["down"],
+        "error_term": s["error_up"] / s["up"] + s["error_down"] / s["down"],
+    }
+
+
+def auc(rewards: Tensor, labels: Tensor) -> float:
+    """Probability that a thumbs up has the higher reward than a thumbs down, ties counted half; NaN with one class.
+
+    Exact, by ranks: (R₊ - n₊(n₊ + 1) / 2) / (n₊ n₋), R₊ the sum of the ranks of the thumbs up.
+    """
+    rewards, labels = rewards.double(), labels.bool()
+    up = int(labels.sum())
+    down = len(labels) - up
+    if not up or not down:
+        return float("nan")
+    _, group, sizes = torch.unique(rewards, return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0).double()
+    mean_rank = last - (sizes.double() - 1) / 2  # of a group of ties, counted from 1
+    return float((mean_rank[group][labels].sum() - up * (up + 1) / 2) / (up * down))

@@ -1,0 +1,176 @@
+"""Where a model's hidden states meet its lm-head: the head returns log-probabilities when targets are set.
+
+The head runs inside the model's own forward, so the hooks of DDP, FSDP and PEFT fire as usual. Without targets the
+model behaves as before: generation, saving and evaluation by others are untouched, parameter names included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .logps import fused_linear_logps
+
+TARGETS = "logp_targets"
+
+
+@dataclass
+class _HeadCall:
+    """What the patched head needs; `targets` only during a forward pass that wants log-probabilities."""
+
+    backend: str
+    workspace_bytes: int
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    targets: Tensor | None = None
+
+
+class _LogpLinear(nn.Linear):
+    """An lm-head. It is the original module under this class, so weights, ties, hooks and names stay what they were."""
+
+    bco_fast: _HeadCall
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        call = self.bco_fast
+        if call.targets is None:
+            return super().forward(hidden)
+        return fused_linear_logps(
+            hidden,
+            self.weight,
+            call.targets,
+            bias=self.bias,
+            logit_scale=call.logit_scale,
+            softcap=call.softcap,
+            backend=call.backend,
+            workspace_bytes=call.workspace_bytes,
+        )
+
+
+class _PostHead:
+    """Arithmetic a model family applies to the logits after lm_head. It moves into the operator, so it is switched off
+    in the model for the calls that return log-probabilities."""
+
+    def __init__(self, model: nn.Module, call: _HeadCall):
+        self.switches: list[tuple[object, str, object, object]] = []  # owner, attribute, value, neutral value
+        config = model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if getattr(text, "final_logit_softcapping", None):  # Gemma 2
+            call.softcap = float(text.final_logit_softcapping)
+            self.switches.append((text, "final_logit_softcapping", text.final_logit_softcapping, None))
+        if getattr(text, "logits_scaling", 1.0) != 1.0:  # Granite divides
+            call.logit_scale = 1.0 / float(text.logits_scaling)
+            self.switches.append((text, "logits_scaling", text.logits_scaling, 1.0))
+        for owner in model.modules():  # Cohere multiplies; the model reads its own copy
+            if isinstance(vars(owner).get("logit_scale"), (int, float)) and owner.logit_scale != 1.0:
+                call.logit_scale = float(owner.logit_scale)
+                self.switches.append((owner, "logit_scale", owner.logit_scale, 1.0))
+
+    def off(self) -> None:
+        for owner, name, _, neutral in self.switches:
+            setattr(owner, name, neutral)
+
+    def on(self) -> None:
+        for owner, name, value, _ in self.switches:
+            setattr(owner, name, value)
+
+
+def patch_model(
+    model: nn.Module, *, backend: str = "auto", workspace_bytes: int = 256 << 20, verify: bool = True
+) -> nn.Module:
+    """Make a Hugging Face causal model return token log-probabilities when it is called with `logp_targets`.
+
+        logps = model(input_ids, attention_mask=mask, logp_targets=targets, use_cache=False).logits     # [B, T]
+
+    `logp_targets[b, t]` is the token that position t predicts, -100 where nobody asks. Any other call is unchanged.
+    The model is patched in place; patching it again only updates the options.
+
+    Args:
+        model: a causal language model whose output embedding is a plain `nn.Linear`.
+        backend, workspace_bytes: of `fused_linear_logps`.
+        verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
+            logits which this library does not know.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model has no lm-head, or it is not a plain `nn.Linear` (quantised, or with an adapter on it).
+        ValueError: the model is an encoder-decoder, or the log-probabilities are not those of its logits.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; bco_fast trains causal language models")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is _LogpLinear:
+        head.bco_fast.backend, head.bco_fast.workspace_bytes = backend, workspace_bytes
+        return model
+    if type(head) is not nn.Linear:
+        raise TypeError(
+            f"the lm-head of {type(model).__name__} is {type(head).__name__}, not a plain nn.Linear: a quantised head or "
+            "an adapter on it cannot be fused. Leave lm_head out of quantisation and of the adapter's targets."
+        )
+    head.__class__ = _LogpLinear
+    call = head.bco_fast = _HeadCall(backend, workspace_bytes)
+    post_head = _PostHead(model, call)
+
+    def before(_, args, kwargs):
+        if TARGETS in kwargs:
+            call.targets = kwargs.pop(TARGETS)
+            post_head.off()
+            return args, kwargs
+        return None
+
+    def after(_, args, output):
+        if call.targets is not None:
+            call.targets = None
+            post_head.on()
+
+    hooks = (
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    )
+    try:
+        if verify and not any(p.is_meta for p in model.parameters()):
+            _verify(model, head)
+    except BaseException:
+        for hook in hooks:
+            hook.remove()
+        del head.bco_fast
+        head.__class__ = nn.Linear
+        raise
+    return model
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, head: nn.Linear) -> None:
+    training = model.training
+    model.eval()
+    try:
+        tokens = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
+        targets = tokens.roll(-1, dims=1)
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        logps = model(input_ids=tokens, use_cache=False, **{TARGETS: targets}).logits
+    finally:
+        model.train(training)
+    # the model rounds its logits to its dtype; we do not
+    budget = 1e-4 + 8 * torch.finfo(head.weight.dtype).eps * float(logits.abs().max())
+    if logps.shape != expected.shape or not (logps.float() - expected).abs().max() <= budget:
+        raise ValueError(
+            f"{type(model).__name__} does something to its logits after lm_head that bco_fast does not know: its "
+            f"log-probabilities and ours differ by more than {budget:.1e}. Please open an issue with its name."
+        )
+
+
+def completion_logps(
+    model: nn.Module,
+    batch: dict[str, Tensor],  # input_ids, attention_mask, targets: [B, T]
+) -> Tensor:  # [B, T]
+    """Per-token log-probabilities of the targets from a patched model; float32, nats, 0 where not asked."""
+    return model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        **{TARGETS: batch["targets"]},
+    ).logits
