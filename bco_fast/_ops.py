@@ -25,12 +25,12 @@ _MODULES = {"torch": "chunked", "triton": "triton"}
 _LIBRARY = torch.library.Library("bco_fast", "DEF")
 _HEAD = "Tensor? bias, float logit_scale, float? softcap, float temperature, int ignore_index"
 _LIBRARY.define(
-    f"linear_logps(Tensor hidden, Tensor weight, Tensor targets, {_HEAD}, bool entropy, bool direction, "
+    f"linear_logps(Tensor hidden, Tensor weight, Tensor targets, {_HEAD}, bool entropy, bool frozen, "
     "str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     f"linear_logps_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
-    f"{_HEAD}, Tensor row_max, Tensor row_sum, Tensor entropy, bool need_hidden, bool need_weight, bool need_bias, "
+    f"{_HEAD}, Tensor logps, Tensor row_max, Tensor row_sum, Tensor entropy, bool need_hidden, bool need_weight, bool need_bias, "
     "str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -99,6 +99,11 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
 
+def _has_direction(frozen: bool, backend: str) -> bool:
+    """With a frozen head d logp / d hidden can be had in the forward, and the backward is one multiplication."""
+    return frozen and backend == "torch"
+
+
 def _linear_logps(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -109,11 +114,13 @@ def _linear_logps(
     temperature: float,
     ignore_index: int,
     entropy: bool,
-    direction: bool,
+    frozen: bool,
     backend: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logps [N], entropy [N] or [0], row_max [N], row_sum [N], direction [N, D] or [0]."""
+    backend = resolve_backend(backend, hidden.device)
+    direction = _has_direction(frozen, backend)
     _check_values(hidden, weight, targets, bias, ignore_index)
     n = hidden.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
@@ -148,8 +155,9 @@ def _linear_logps(
 
 
 def _linear_logps_fake(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, entropy, direction, *_
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, entropy, frozen, backend, _
 ):
+    direction = _has_direction(frozen, resolve_backend(backend, hidden.device))
     n = hidden.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     vector = [hidden.new_empty(n, dtype=dtype) for _ in range(3)]
@@ -173,6 +181,7 @@ def _linear_logps_backward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    logps: Tensor,  # [N]
     row_max: Tensor,  # [N]
     row_sum: Tensor,  # [N]
     entropy: Tensor,  # [N] or [0]
@@ -202,11 +211,12 @@ def _linear_logps_backward(
         _unit_stride(weight),
         _take(targets, rows).contiguous(),
         None if bias is None else bias.contiguous(),
+        _take(logps, rows),
         _take(row_max, rows),
         _take(row_sum, rows),
         _take(entropy, rows) if grad_entropy is not None else None,
     )
-    d_hidden, d_weight, d_bias = _backend(backend).backward(
+    d_hidden, d_weight, d_bias = _backend(resolve_backend(backend, hidden.device)).backward(
         _take(grad_logps, rows).contiguous(),
         None if grad_entropy is None else _take(grad_entropy, rows).contiguous(),
         saved,
@@ -222,7 +232,7 @@ def _linear_logps_backward(
 
 
 def _linear_logps_backward_fake(grad_logps, grad_entropy, hidden, weight, targets, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[7:10]
+    need_hidden, need_weight, need_bias = rest[8:11]
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -237,25 +247,25 @@ class _LinearLogps(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             logps, entropy, row_max, row_sum, direction = torch.ops.bco_fast.linear_logps(*args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(row_max, row_sum, direction)
-        ctx.save_for_backward(hidden, weight, targets, bias, row_max, row_sum, entropy, direction)
-        ctx.head, (ctx.with_direction, ctx.backend, ctx.workspace_bytes) = args[4:8], args[9:]
+        ctx.mark_non_differentiable(row_max, row_sum, direction, *(() if args[8] else (entropy,)))
+        ctx.save_for_backward(hidden, weight, targets, bias, logps, row_max, row_sum, entropy, direction)
+        ctx.head, (ctx.backend, ctx.workspace_bytes) = args[4:8], args[10:]
         return logps, entropy, row_max, row_sum, direction
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy, *_):
-        hidden, weight, targets, bias, row_max, row_sum, entropy, direction = ctx.saved_tensors
+        hidden, weight, targets, bias, logps, row_max, row_sum, entropy, direction = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads = [None] * len(needs)
         if grad_logps is None and grad_entropy is None:
             return tuple(grads)
-        if ctx.with_direction and grad_entropy is None:
+        if direction.dim() == 2 and grad_entropy is None:
             grads[0] = (direction * grad_logps[:, None]).to(hidden.dtype)
             return tuple(grads)
         need = (needs[0], needs[1], bias is not None and needs[3])
         out = torch.ops.bco_fast.linear_logps_backward(
-            grad_logps, grad_entropy, hidden, weight, targets, bias, *ctx.head, row_max, row_sum, entropy, *need,
+            grad_logps, grad_entropy, hidden, weight, targets, bias, *ctx.head, logps, row_max, row_sum, entropy, *need,
             ctx.backend, ctx.workspace_bytes,
         )  # fmt: skip
         for index, wanted, grad in zip((0, 1, 3), need, out, strict=True):
@@ -283,17 +293,15 @@ def linear_logps(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor | None]:
     """logps [N] and entropy [N] from the named backend."""
-    backend = resolve_backend(backend, hidden.device)
     if backend == "reference":
         from ._backends import reference
 
         _check_values(hidden, weight, targets, bias, ignore_index)
         logps, h = reference.linear_logps(hidden, weight, targets, bias, spec, ignore_index=ignore_index)
         return logps, h if entropy else None
-    # With a frozen head d logp / d hidden can be had in the forward, and the backward is one multiplication.
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    direction = backend == "torch" and frozen and hidden.requires_grad and torch.is_grad_enabled()
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen = hidden.requires_grad and not trainable and torch.is_grad_enabled()
     logps, h, *_ = torch.ops.bco_fast.linear_logps(
-        hidden, weight, targets, bias, *spec, ignore_index, entropy, direction, backend, workspace_bytes
+        hidden, weight, targets, bias, *spec, ignore_index, entropy, frozen, backend, workspace_bytes
     )
     return logps, h if entropy else None

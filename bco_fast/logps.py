@@ -140,11 +140,11 @@ def _check_options(
     workspace_bytes: int,
     sparse_tolerance: float,
 ) -> HeadSpec:
-    if not math.isfinite(logit_scale) or logit_scale == 0:
+    if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite and not 0, not {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 or None, not {softcap}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0, not {temperature}")
     if backend not in _ops.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_ops.BACKENDS)}, not {backend!r}")

@@ -14,12 +14,16 @@ class LaunchConfig(NamedTuple):
     num_stages: int
 
 
-# 128x128 keeps 64 fp32 accumulators per thread, which leaves room for softmax and entropy without spilling on
-# sm_80 to sm_120 (the compile-only test holds this at 0 spilled bytes).
+# 128x128 keeps 64 fp32 accumulators a thread and the online softmax beside them: no spilled register on sm_80 to
+# sm_120. 128x256 spills on all of them (692 bytes on sm_80, 2676 on sm_100).
 HEAD_LOGPS = LaunchConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=3)
 
-# fp32 operands double the shared memory per stage; sm_86, sm_89 and sm_120 have 99 KiB.
+# Softcap and entropy need a second value per logit: at 128x128 that spills 232 bytes on sm_90 and 716 on sm_100.
+HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=8, num_stages=3)
+
+# IEEE fp32 has no tensor core, and its operands double the shared memory of a stage (99 KiB on sm_86, 89 and 120).
 HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2)
+HEAD_LOGPS_FP32_EXTRAS = LaunchConfig(block_n=64, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
 # Elementwise over a tile: 16 fp32 values a thread, rows short enough that small batches still fill the GPU.
 DLOGITS = LaunchConfig(block_n=4, block_v=1024, block_d=0, num_warps=8, num_stages=1)
@@ -28,3 +32,10 @@ MERGE_SPLITS = LaunchConfig(block_n=256, block_v=0, block_d=0, num_warps=4, num_
 
 # The interpreter pays about 10 ms for each program and loop turn, whatever the block holds.
 INTERPRETED = LaunchConfig(block_n=64, block_v=256, block_d=128, num_warps=4, num_stages=1)
+
+
+def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
+    """For operands of `itemsize` bytes; extras: bias, softcap or entropy is asked for."""
+    if itemsize <= 2:
+        return HEAD_LOGPS_EXTRAS if extras else HEAD_LOGPS
+    return HEAD_LOGPS_FP32_EXTRAS if extras else HEAD_LOGPS_FP32

@@ -11,7 +11,7 @@ dz * logit_scale / temperature * (1 - tanh^2) with a softcap, in the dtype the n
 import triton
 import triton.language as tl
 
-from .tiles import finish_logits, guarded_exp
+from .tiles import finish_logits, guarded_exp, one_minus_exp
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def dlogits_kernel(
     tile_ptr,
     bias_ptr,
     target_ptr,
+    logp_ptr,
     row_max_ptr,
     row_sum_ptr,
     entropy_ptr,
@@ -52,8 +53,10 @@ def dlogits_kernel(
     b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)[:, None]
     b_e = guarded_exp(b_z, b_max)
-    # At the target e - s is exact where p -> 1; p - 1 would already have lost the digits that matter.
-    b_dz = tl.where(o_v[None, :] == b_target, b_sum - b_e, -b_e) * (b_c / b_sum)
+    # As p_y -> 1 the target's 1 - p_y must come from the forward's own logp: the tile was rounded by another matmul,
+    # and the difference of nearly equal numbers would be all rounding.
+    b_logp_y = tl.load(logp_ptr + o_n, mask=m_n, other=0.0)
+    b_dz = tl.where(o_v[None, :] == b_target, one_minus_exp(b_logp_y)[:, None], -(b_e / b_sum)) * b_c
     if HAS_GRAD_ENTROPY:
         b_g = tl.load(grad_entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
         b_entropy = tl.load(entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]

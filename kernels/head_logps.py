@@ -46,21 +46,31 @@ def head_logps_kernel(
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    i_n = tl.program_id(0)
-    i_s = tl.program_id(1)
-    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_column = tl.program_id(1).to(tl.int64) * SPLIT
+    o_n = first_row + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)
     b_max = tl.full((BLOCK_N,), float("-inf"), ACC)
     b_sum = tl.zeros((BLOCK_N,), ACC)
     b_logit = tl.zeros((BLOCK_N,), ACC)
     b_u = tl.zeros((BLOCK_N,), ACC)
-    first = i_s * SPLIT
-    last = tl.minimum(first + SPLIT, V)
-    for start in range(first, last, BLOCK_V):
-        o_v = tl.arange(0, BLOCK_V).to(tl.int64) + start
+    for step in range(0, tl.minimum(SPLIT, V - first_column), BLOCK_V):
+        start = first_column + step
+        o_v = start + tl.arange(0, BLOCK_V)
         b_z = logits_tile(
-            hidden_ptr, weight_ptr, o_n, o_v, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, ACC, UPCAST
+            hidden_ptr + first_row * stride_hn,
+            weight_ptr + start * stride_wv,
+            N - first_row,
+            V - start,
+            D,
+            stride_hn,
+            stride_wv,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+            ACC,
+            UPCAST,
         )
         b_z, _ = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
         b_logit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_z, 0.0), axis=1)
@@ -73,7 +83,7 @@ def head_logps_kernel(
             b_u += tl.sum(tl.where(b_e == 0.0, 0.0, (b_z - b_new[:, None]) * b_e), axis=1)
         b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)
         b_max = b_new
-    p_part = part_ptr + i_s.to(tl.int64) * 4 * N + o_n
+    p_part = part_ptr + tl.program_id(1).to(tl.int64) * 4 * N + o_n
     tl.store(p_part, b_max, mask=m_n)
     tl.store(p_part + N, b_sum, mask=m_n)
     tl.store(p_part + 2 * N, b_logit, mask=m_n)

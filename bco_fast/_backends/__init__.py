@@ -41,6 +41,7 @@ class HeadSaved(NamedTuple):
     weight: Tensor  # [V, D]
     targets: Tensor  # [N]
     bias: Tensor | None  # [V]
+    logps: Tensor  # [N]
     row_max: Tensor  # [N]
     row_sum: Tensor  # [N]
     entropy: Tensor | None  # [N]

@@ -251,17 +251,17 @@ def _dlogits_tile(
     inside, at = _target_columns(saved.targets[rows], columns)
     z.sub_(saved.row_max[rows][:, None])
     if grad_entropy is None:
-        e = z.exp_()
-        e_y = e.gather(1, at)[:, 0]
-        dz = e.mul_((-c / s)[:, None])
+        dz = z.exp_().mul_((-c / s)[:, None])
     else:
         g = grad_entropy[rows] * spec.slope
         e = z.exp()
-        e_y = e.gather(1, at)[:, 0]
         z += (saved.entropy[rows] - s.log())[:, None]
         dz = z.mul_(-g[:, None]).sub_(c[:, None]).mul_(e).nan_to_num_(nan=0.0).div_(s[:, None])
-    # At the target s - e is exact where p -> 1; 1 - p would already have lost the digits that matter.
+    # As p_y -> 1 the target's 1 - p_y must come from the forward's own logp: this matmul rounds differently, and the
+    # difference of nearly equal numbers would be all rounding.
     d_y = dz.gather(1, at)[:, 0]
-    exact = (s - e_y) * (c / s) if grad_entropy is None else d_y + c
+    exact = -torch.expm1(saved.logps[rows]) * c
+    if grad_entropy is not None:
+        exact += d_y + saved.logps[rows].exp() * c
     dz.scatter_(1, at, torch.where(inside, exact, d_y)[:, None])
     return dz if slope is None else dz.mul_(slope)

@@ -36,12 +36,6 @@ def _constants(spec: HeadSpec, bias: Tensor | None) -> dict:
     }
 
 
-def _head_config(dtype: torch.dtype) -> configs.LaunchConfig:
-    if INTERPRETED:
-        return configs.INTERPRETED
-    return configs.HEAD_LOGPS if dtype.itemsize == 2 else configs.HEAD_LOGPS_FP32
-
-
 def _splits(row_blocks: int, column_blocks: int, device: torch.device) -> int:
     """Enough vocabulary ranges that every multiprocessor has about four programs to take turns at."""
     if device.type == "cpu":
@@ -64,7 +58,8 @@ def forward(
     n, d = hidden.shape
     v = weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
-    config = _head_config(hidden.dtype)
+    extras = entropy or bias is not None or spec.softcap is not None
+    config = configs.INTERPRETED if INTERPRETED else configs.head_logps(hidden.dtype.itemsize, extras=extras)
     row_blocks, column_blocks = triton.cdiv(n, config.block_n), triton.cdiv(v, config.block_v)
     splits = _splits(row_blocks, column_blocks, hidden.device)
     split = triton.cdiv(column_blocks, splits) * config.block_v
@@ -186,6 +181,7 @@ def _dlogits(
         tile_ptr=tile,
         bias_ptr=saved.bias,
         target_ptr=saved.targets[block],
+        logp_ptr=saved.logps[block],
         row_max_ptr=saved.row_max[block],
         row_sum_ptr=saved.row_sum[block],
         entropy_ptr=None if grad_entropy is None else saved.entropy[block],

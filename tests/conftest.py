@@ -1,0 +1,33 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setenv("BCO_FAST_CACHE", str(tmp_path / "default_cache"))
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that a value nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
