@@ -104,6 +104,7 @@ class ReferenceCache:
         self._places = np.empty((0, 2), dtype=np.int64)  # shard, row; in the order of _keys
         self._shards: list[_Shard] = []
         self._plan: FillPlan | None = None
+        self._listed: set[str] = set()
         self._load()
 
     def __len__(self) -> int:
@@ -145,6 +146,11 @@ class ReferenceCache:
             self._plan = plan
             self._write_manifest()
         return self._plan
+
+    def settle(self) -> None:
+        """List shards that a killed or concurrent writer committed without reaching the manifest."""
+        if self._listed != {shard.path.name for shard in self._shards}:
+            self._write_manifest()
 
     def write_shard(self, keys: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> Path:
         """Commit rows atomically; after this returns they survive a crash of the machine.
@@ -213,6 +219,7 @@ class ReferenceCache:
             if manifest["schema"] != SCHEMA or manifest["reference"] != asdict(self.reference):
                 raise ValueError("it belongs to another reference")
             self._plan = None if manifest["plan"] is None else FillPlan(**manifest["plan"])
+            self._listed = {str(shard["name"]) for shard in manifest["shards"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             # Only the plan is lost with it: shards vouch for themselves.
             warnings.warn(f"{path}: {error}; it will be written anew", RuntimeWarning, stacklevel=4)
@@ -235,6 +242,7 @@ class ReferenceCache:
             "shards": shards,
         }
         _commit(self.folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        self._listed = {shard["name"] for shard in shards}
 
 
 class _BadShard(Exception):

@@ -7,9 +7,9 @@ own completions are then judged by the rule, and BCO sees nothing but those thum
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .cli import run_training
-from .data import load_feedback
+from .data import collate, load_feedback
 from .logps import sequence_logps
 from .models import completion_logps, patch_model
 from .trainer import FeedbackConfig
@@ -36,7 +36,7 @@ THINGS = {
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 VERBS = ("pack", "bring", "list", "choose", "fetch")
 NAMES = ("anna", "ben", "carla", "david", "emma", "felix", "grace", "henry")
-EOS = "</s>"
+EOS, PAD, UNKNOWN = "</s>", "<pad>", "<unk>"
 
 
 def all_prompts() -> list[str]:
@@ -64,12 +64,12 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    words = [EOS, "<pad>", "<unk>", ":", "for", *VERBS, *NUMBERS, *THINGS, *NAMES]
+    words = [EOS, PAD, UNKNOWN, ":", "for", *VERBS, *NUMBERS, *THINGS, *NAMES]
     words += [word for things in THINGS.values() for word in things.split()]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=EOS, pad_token="<pad>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=core, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN, padding_side="left"
     )
 
 
@@ -101,7 +101,7 @@ def fine_tune(
         dataset,
         batch_size,
         sampler=torch.utils.data.RandomSampler(dataset, num_samples=steps * batch_size),
-        collate_fn=_collate,
+        collate_fn=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -113,12 +113,6 @@ def fine_tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def _collate(items):
-    from .data import collate
-
-    return collate(items, pad_token_id=1)
 
 
 @torch.no_grad()
@@ -233,7 +227,7 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)
+    print(text, flush=True)
 
 
 def plot(history: list[dict], path: Path) -> None:
@@ -256,7 +250,8 @@ def plot(history: list[dict], path: Path) -> None:
     left.set(title="Implicit reward of the training batches", xlabel="optimizer step", ylabel="reward")
     right.plot(*series("rewards/margins"), color="tab:blue")
     right.set(title="Margin: thumbs up minus thumbs down", xlabel="optimizer step", ylabel="reward")
-    left.legend()
+    left.margins(y=0.18)
+    left.legend(loc="upper center", ncols=3)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -87,6 +87,7 @@ def fill(
             if missing:
                 plan = cache.make_plan(keys, rows_per_shard=ROWS_PER_SHARD, tokens_per_batch=tokens_per_batch)
                 _compute(cache, missing, model, plan, pad_token_id, progress)
+            cache.settle()
             if hits:
                 _spot_check(cache, hits, model, pad_token_id)
     finally:

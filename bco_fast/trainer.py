@@ -94,6 +94,8 @@ class FeedbackConfig(TrainingArguments):
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta must be > 0, not {self.beta}")
         self.remove_unused_columns = False
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every start
         self.new_shift()  # raises on a bad mode or decay
 
     def new_shift(self) -> RewardShift:

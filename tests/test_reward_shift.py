@@ -1,0 +1,145 @@
+"""δ is the midpoint of the class means (BCO Eq. 7), moves once an optimizer step, and survives a restart."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bco_fast import RewardShift
+
+
+def _observe(shift, up, down):
+    shift.observe(torch.tensor([*up, *down]), torch.tensor([True] * len(up) + [False] * len(down)))
+
+
+def test_the_midpoint_weighs_both_classes_the_same():
+    """80 / 20 data: the pooled mean would be pulled to the larger class."""
+    shift = RewardShift("batch")
+    _observe(shift, [1.0] * 8, [-1.0] * 2)
+    assert float(shift.value) == 0.0
+    shift.step()
+    assert float(shift.value) == 0.0
+    pooled = RewardShift("batch", balanced=False)
+    _observe(pooled, [1.0] * 8, [-1.0] * 2)
+    pooled.step()
+    assert math.isclose(float(pooled.value), 0.6, rel_tol=1e-6)
+
+
+def test_ema_moves_each_class_mean():
+    shift = RewardShift("ema", decay=0.9)
+    _observe(shift, [2.0], [0.0])
+    shift.step()
+    assert float(shift.value) == 1.0
+    _observe(shift, [4.0], [0.0])
+    shift.step()
+    assert math.isclose(float(shift.value), (0.9 * 2 + 0.1 * 4) / 2, rel_tol=1e-6)
+
+
+def test_cumulative_is_the_mean_of_everything():
+    shift = RewardShift("cumulative", balanced=False, update="micro")
+    seen = []
+    for batch in ([1.0, 2.0], [5.0], [-3.0, 0.5, 4.0]):
+        seen += batch
+        shift.observe(torch.tensor(batch), torch.zeros(len(batch), dtype=torch.bool))
+        assert math.isclose(float(shift.value), sum(seen) / len(seen), rel_tol=1e-6)
+
+
+def test_step_sees_whole_optimizer_steps_whatever_the_accumulation():
+    rewards, labels = torch.randn(8), torch.arange(8) % 2 == 0
+    values = []
+    for size in (1, 2, 4, 8):
+        shift = RewardShift()
+        for _ in range(3):
+            for i in range(0, 8, size):
+                before = shift.value.clone()
+                shift.observe(rewards[i : i + size], labels[i : i + size])
+                assert torch.equal(shift.value, before)
+            shift.step()
+        values.append(float(shift.value))
+    assert max(values) - min(values) < 1e-7
+    assert values[0] != 0.0
+
+
+def test_an_absent_class_keeps_its_mean_and_an_unseen_one_is_left_out():
+    shift = RewardShift("ema", decay=0.5)
+    _observe(shift, [4.0], [])
+    shift.step()
+    assert float(shift.value) == 4.0
+    _observe(shift, [], [-2.0])
+    shift.step()
+    assert float(shift.value) == 1.0
+    _observe(shift, [6.0], [])
+    shift.step()
+    assert float(shift.value) == (5.0 - 2.0) / 2
+
+
+def test_fixed_never_moves():
+    shift = RewardShift("fixed", initial=0.25)
+    _observe(shift, [4.0], [1.0])
+    shift.step()
+    assert float(shift.value) == 0.25
+
+
+def test_one_infinite_reward_does_not_poison_the_other_class():
+    shift = RewardShift("batch")
+    _observe(shift, [math.inf], [1.0])
+    shift.step()
+    assert float(shift._state[0, 1]) == 1.0
+
+
+def test_state_survives_json_in_the_middle_of_a_step():
+    shift, twin = RewardShift(), RewardShift()
+    _observe(shift, [1.0, 2.0], [0.5])
+    shift.step()
+    _observe(shift, [3.0], [])
+    twin.load_state_dict(json.loads(json.dumps(shift.state_dict())))
+    for s in (shift, twin):
+        _observe(s, [], [-1.0])
+        s.step()
+    assert torch.equal(shift.value, twin.value)
+    with pytest.raises(ValueError, match="decay"):
+        RewardShift(decay=0.5).load_state_dict(shift.state_dict())
+
+
+def test_gradient_never_flows_into_it():
+    shift = RewardShift(update="micro")
+    shift.observe(torch.ones(2, requires_grad=True), torch.tensor([True, False]))
+    assert not shift.value.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (lambda: RewardShift("mean"), ValueError),
+        (lambda: RewardShift(update="always"), ValueError),
+        (lambda: RewardShift(decay=1.0), ValueError),
+        (lambda: RewardShift(decay=math.nan), ValueError),
+        (lambda: RewardShift().observe(torch.ones(2), torch.ones(2)), TypeError),
+        (lambda: RewardShift().observe(torch.ones(2), torch.tensor([True])), ValueError),
+    ],
+)
+def test_refuses(build, error):
+    with pytest.raises(error):
+        build()
+
+
+def _rank(rank: int, store: str, values):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shift = RewardShift()
+    rewards, labels = torch.tensor([1.0, 4.0, -2.0, 0.5]), torch.tensor([True, True, False, False])
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)
+    for _ in range(2):
+        shift.observe(rewards[mine], labels[mine])
+        shift.step()
+    values[rank] = float(shift.value)
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_one_value(tmp_path):
+    """Rank 1 sees one thumbs down and no thumbs up; both end with the δ of the whole batch."""
+    with torch.multiprocessing.Manager() as manager:
+        values = manager.dict()
+        torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "store"), values), nprocs=2)
+        alone = (2.5 + -0.75) / 2
+        assert dict(values) == {0: alone, 1: alone}
