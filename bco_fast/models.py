@@ -6,7 +6,8 @@ model behaves as before: generation, saving and evaluation by others are untouch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from torch import Tensor, nn
 from .logps import fused_linear_logps
 
 TARGETS = "logp_targets"
+
+
+class _Switch(NamedTuple):
+    """Arithmetic a model family applies to the logits after lm_head. It moves into the operator, so it is switched off
+    in the model for the calls that return log-probabilities."""
+
+    owner: object
+    name: str
+    value: object
+    neutral: object
 
 
 @dataclass
@@ -24,6 +35,7 @@ class _HeadCall:
     workspace_bytes: int
     logit_scale: float = 1.0
     softcap: float | None = None
+    switches: list[_Switch] = field(default_factory=list)
     targets: Tensor | None = None
 
 
@@ -48,32 +60,39 @@ class _LogpLinear(nn.Linear):
         )
 
 
-class _PostHead:
-    """Arithmetic a model family applies to the logits after lm_head. It moves into the operator, so it is switched off
-    in the model for the calls that return log-probabilities."""
+def _move_post_head(model: nn.Module, call: _HeadCall) -> None:
+    """Find what the model does to its logits after lm_head, and hand it to the operator."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "final_logit_softcapping", None):  # Gemma 2
+        call.softcap = float(text.final_logit_softcapping)
+        call.switches.append(_Switch(text, "final_logit_softcapping", text.final_logit_softcapping, None))
+    if getattr(text, "logits_scaling", 1.0) != 1.0:  # Granite divides
+        call.logit_scale = 1.0 / float(text.logits_scaling)
+        call.switches.append(_Switch(text, "logits_scaling", text.logits_scaling, 1.0))
+    for owner in model.modules():  # Cohere multiplies; the model reads its own copy
+        if isinstance(vars(owner).get("logit_scale"), (int, float)) and owner.logit_scale != 1.0:
+            call.logit_scale = float(owner.logit_scale)
+            call.switches.append(_Switch(owner, "logit_scale", owner.logit_scale, 1.0))
 
-    def __init__(self, model: nn.Module, call: _HeadCall):
-        self.switches: list[tuple[object, str, object, object]] = []  # owner, attribute, value, neutral value
-        config = model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text, "final_logit_softcapping", None):  # Gemma 2
-            call.softcap = float(text.final_logit_softcapping)
-            self.switches.append((text, "final_logit_softcapping", text.final_logit_softcapping, None))
-        if getattr(text, "logits_scaling", 1.0) != 1.0:  # Granite divides
-            call.logit_scale = 1.0 / float(text.logits_scaling)
-            self.switches.append((text, "logits_scaling", text.logits_scaling, 1.0))
-        for owner in model.modules():  # Cohere multiplies; the model reads its own copy
-            if isinstance(vars(owner).get("logit_scale"), (int, float)) and owner.logit_scale != 1.0:
-                call.logit_scale = float(owner.logit_scale)
-                self.switches.append((owner, "logit_scale", owner.logit_scale, 1.0))
 
-    def off(self) -> None:
-        for owner, name, _, neutral in self.switches:
-            setattr(owner, name, neutral)
+# The hooks find their head through the module they are called on, so that a deep copy of a model uses its own.
+def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
+    if TARGETS not in kwargs:
+        return None
+    call = model.get_output_embeddings().bco_fast
+    call.targets = kwargs.pop(TARGETS)
+    for switch in call.switches:
+        setattr(switch.owner, switch.name, switch.neutral)
+    return args, kwargs
 
-    def on(self) -> None:
-        for owner, name, value, _ in self.switches:
-            setattr(owner, name, value)
+
+def _clear_targets(model: nn.Module, args: tuple, output) -> None:
+    call = model.get_output_embeddings().bco_fast
+    if call.targets is not None:
+        call.targets = None
+        for switch in call.switches:
+            setattr(switch.owner, switch.name, switch.value)
 
 
 def patch_model(
@@ -112,23 +131,10 @@ def patch_model(
         )
     head.__class__ = _LogpLinear
     call = head.bco_fast = _HeadCall(backend, workspace_bytes)
-    post_head = _PostHead(model, call)
-
-    def before(_, args, kwargs):
-        if TARGETS in kwargs:
-            call.targets = kwargs.pop(TARGETS)
-            post_head.off()
-            return args, kwargs
-        return None
-
-    def after(_, args, output):
-        if call.targets is not None:
-            call.targets = None
-            post_head.on()
-
+    _move_post_head(model, call)
     hooks = (
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
+        model.register_forward_pre_hook(_set_targets, with_kwargs=True),
+        model.register_forward_hook(_clear_targets, always_call=True),
     )
     try:
         if verify and not any(p.is_meta for p in model.parameters()):

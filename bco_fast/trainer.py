@@ -105,18 +105,21 @@ class FeedbackConfig(TrainingArguments):
 class _FeedbackState(TrainerCallback, ExportableState):
     """δ and the sums of the current logging window: moved by training, saved with every checkpoint, restored on resume.
 
-    The Trainer writes the state of its callbacks into trainer_state.json but does not read it back.
+    The Trainer writes the state of its callbacks into trainer_state.json but does not read it back, and forgets the
+    losses of the window that a checkpoint falls into; so the window's loss is kept here as well.
     """
 
     def __init__(self, shift: RewardShift):
         self.shift = shift
         self.sums: Tensor | None = None
 
-    def add(self, sums: Tensor) -> None:
+    def add(self, loss: Tensor, sums: Tensor) -> None:
+        """One micro-batch: its loss, and its `unpaired_sums`."""
+        sums = torch.cat([torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)]), sums])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self) -> Tensor | None:
-        """The window's sums over all ranks; the next window starts empty."""
+        """The window's sums over all ranks (loss, micro-batches, then `unpaired_sums`); the next window starts empty."""
         sums, self.sums = self.sums, None
         if sums is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
@@ -271,7 +274,7 @@ class FeedbackTrainer(Trainer):
             self.feedback.shift.observe(self.args.beta * (logps.detach() - inputs["ref_logps"]), inputs["label"])
         out = self._loss(logps, inputs)
         if torch.is_grad_enabled():
-            self.feedback.add(unpaired_sums(out.rewards, out.logps, inputs["label"], out.metrics["delta"]))
+            self.feedback.add(out.loss, unpaired_sums(out.rewards, out.logps, inputs["label"], out.metrics["delta"]))
         return (out.loss, out) if return_outputs else out.loss
 
     @torch.no_grad()
@@ -297,7 +300,8 @@ class FeedbackTrainer(Trainer):
         if "loss" in logs:  # a training line; evaluation logs eval_loss
             sums = self.feedback.take()
             if sums is not None:
-                logs.update(_present(unpaired_metrics(sums)))
+                logs["loss"] = float(sums[0] / sums[1])
+                logs.update(_present(unpaired_metrics(sums[2:])))
                 logs["delta"] = self._delta()
         super().log(logs, start_time)
 

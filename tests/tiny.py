@@ -1,0 +1,45 @@
+"""A tokenizer and models small enough to train in a test, built from a seed."""
+
+import json
+import random
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bco_fast.demo import all_prompts, build_tokenizer, demonstration, deserves_thumbs_up
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def model(config_class=LlamaConfig, seed=0, std=0.2, **options):
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config_class(**{"vocab_size": len(build_tokenizer())} | TINY | options))
+    for parameter in made.parameters():  # spread logits, unlike a fresh model's flat ones
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return made
+
+
+def rows(n, seed=0):
+    rng = random.Random(seed)  # noqa: S311
+    prompts = rng.sample(all_prompts(), n)
+    made = []
+    for prompt in prompts:
+        completion = demonstration(prompt, rng)
+        made.append({"prompt": prompt, "completion": completion, "label": deserves_thumbs_up(prompt, completion)})
+    return made
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
