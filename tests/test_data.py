@@ -113,7 +113,7 @@ def test_rows_without_tokens_or_room(tmp_path):
 
 
 def test_a_missing_or_empty_file(tmp_path):
-    with pytest.raises(FeedbackError, match="nowhere.jsonl: No such file"):
+    with pytest.raises(FeedbackError, match=r"nowhere\.jsonl: No such file"):
         read_rows(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(FeedbackError, match="no usable row"):

@@ -4,7 +4,8 @@ import json
 import random
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from bco_fast.demo import all_prompts, build_tokenizer, demonstration, deserves_thumbs_up
 
@@ -43,3 +44,22 @@ def rows(n, seed=0):
 def write(path, records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
+
+
+def byte_pair_tokenizer(feedback, vocabulary):
+    """Trained on the text of a feedback file: real sentences, no download."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    records = map(json.loads, feedback.read_text().splitlines())
+    texts = (record[column] for record in records for column in ("prompt", "completion"))
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=["</s>", "<s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>")  # noqa: S106

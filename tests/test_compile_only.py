@@ -1,0 +1,42 @@
+"""Every kernel and shipped config compiles for GPUs that are not here: nothing spilled, shared memory in its limit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def _report(*capabilities):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, script, *map(str, capabilities)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def _check(rows):
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["smem_bytes"] <= row["smem_limit"], row
+        if row["kernel"].startswith("head_logps") and "fp32" not in row["kernel"]:
+            assert row["tensor_core"], row
+
+
+def test_ampere_and_hopper():
+    rows = _report(80, 90)
+    assert len(rows) == 20
+    _check(rows)
+
+
+@pytest.mark.slow
+def test_the_other_generations():
+    rows = _report(86, 89, 100, 120)
+    assert len(rows) == 40
+    _check(rows)

@@ -1,0 +1,45 @@
+"""The wheel holds the kernels, shadows nothing, and imports in a fresh environment."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("bco_fast-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"bco_fast/py.typed", "bco_fast/kernels/head_logps.py", "bco_fast/_backends/triton.py"} <= names
+    assert not any(n.startswith(("kernels/", "tests/", "benchmarks/")) for n in names)
+
+    venv.create(tmp_path / "fresh", with_pip=False)
+    python = tmp_path / "fresh" / "bin" / "python"
+    site = next((tmp_path / "fresh" / "lib").glob("python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(site)
+    # torch and transformers come from the environment of the tests; bco_fast must not
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+        "import bco_fast, bco_fast.kernels.head_logps as k; from transformers import LlamaForCausalLM\n"
+        "from bco_fast.trainer import FeedbackTrainer; print(bco_fast.__file__, k.__file__)"
+    )
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert all(str(site) in path for path in run.stdout.split())
