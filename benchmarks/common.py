@@ -1,0 +1,118 @@
+"""What every benchmark needs: who measured, how long, how much memory, and a file that says so."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict:
+    """Machine, versions, commit and date of a measurement."""
+    import importlib.metadata as metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    cpu = next((line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line), "")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": git.stdout.strip() or None,
+        "cpu": cpu or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton", "transformers", "numpy")},
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def interleaved(cases: dict[str, Callable[[], object]], repeats: int, *, cuda: bool = False) -> dict[str, list[float]]:
+    """Seconds of each call, the cases taking turns, so that a drifting machine slows them all alike. One warm-up turn."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(repeats + 1):
+        for name, case in cases.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            case()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(seconds: list[float]) -> dict:
+    return {
+        "median_s": round(statistics.median(seconds), 5),
+        "min_s": round(min(seconds), 5),
+        "max_s": round(max(seconds), 5),
+        "runs": len(seconds),
+    }
+
+
+def reset_peak_rss() -> int:
+    """Forget the peak resident memory of this process (Linux); -> resident bytes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_rss() -> int:
+    """Largest resident memory since `reset_peak_rss`, bytes."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _read("/proc/self/status").splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_own_process(script: str, *arguments: str) -> dict:
+    """Run `python script --case ...` and read the JSON of its last line: memory is measured from a clean start."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def save(name: str, rows: list[dict], *, folder: Path = RESULTS) -> Path:
+    """Write rows with their environment; committed files of this kind are what the README may quote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def table(rows: list[dict], columns: list[str]) -> str:
+    """Rows as aligned text."""
+
+    def show(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    cells = [columns, *([show(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells)
