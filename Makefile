@@ -39,6 +39,7 @@ lint: venv
 
 bench: venv
 	$(RUN) benchmarks/head_cpu.py
+	$(RUN) benchmarks/demo.py
 	$(RUN) benchmarks/train_step.py
 
 clean:

@@ -123,6 +123,7 @@ def train(arguments: list[str]) -> dict:
     for flag, path in (("--data", options.data), ("--eval_data", options.eval_data)):
         if path is not None and not Path(path).is_file():
             raise UsageError(f"{flag} {path}: no such file")
+    config.resume_from_checkpoint = _checkpoint(config)
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise UsageError(f"--output_dir {config.output_dir} is a file")
     try:
@@ -140,6 +141,22 @@ def train(arguments: list[str]) -> dict:
     except (FeedbackError, ValueError) as error:
         raise UsageError(str(error)) from None
     return run_training(model, tokenizer, config, *datasets, start=start)
+
+
+def _checkpoint(config) -> str | None:
+    """The folder to resume from: as given, or with "true" the newest one of output_dir."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if str(wanted).lower() == "true":
+        wanted = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        if wanted is None:
+            raise UsageError(f"--resume_from_checkpoint true: no checkpoint in {config.output_dir}")
+    if not Path(wanted, "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint")
+    return str(wanted)
 
 
 def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:

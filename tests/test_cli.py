@@ -54,6 +54,15 @@ def test_train_ends_with_one_line_of_json(model_dir, tmp_path, capfd):
     assert (again["cache_hits"], again["cache_computed"]) == (60, 0)
 
 
+def test_resume_from_the_newest_checkpoint(model_dir, tmp_path, capfd):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    assert cli.main(_arguments(model_dir, tmp_path, **options, **{"max-steps": 2})) == 0
+    assert cli.main(_arguments(model_dir, tmp_path, **options, resume_from_checkpoint="true")) == 0
+    summary = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+    assert summary["steps"] == 3
+    assert {p.name for p in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
 def test_a_separate_file_of_held_out_rows(model_dir, tmp_path, capfd):
     held_out = tiny.write(tmp_path / "held_out.jsonl", tiny.rows(7, seed=4))
     assert cli.main(_arguments(model_dir, tmp_path, eval_data=held_out)) == 0
@@ -73,6 +82,11 @@ BAD = {
     "no output": ({"output_dir": None}, "required: --output_dir"),
     "no data": ({"data": None}, "required: --data"),
     "no room": ({"max_length": 65}, "64 positions"),
+    "a checkpoint that is none": (
+        {"resume_from_checkpoint": "tests"},
+        "--resume_from_checkpoint tests: not a checkpoint",
+    ),
+    "no checkpoint yet": ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
     "a held-out share of 2": ({"eval_fraction": 2}, "between 0 and 1"),
 }
 
