@@ -99,11 +99,6 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
 
-def _has_direction(frozen: bool, backend: str) -> bool:
-    """With a frozen head d logp / d hidden can be had in the forward, and the backward is one multiplication."""
-    return frozen and backend == "torch"
-
-
 def _linear_logps(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -118,14 +113,16 @@ def _linear_logps(
     backend: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps [N], entropy [N] or [0], row_max [N], row_sum [N], direction [N, D] or [0]."""
+    """-> logps [N], entropy [N] or [0], row_max [N], row_sum [N], direction [N, D] or [0].
+
+    With a frozen head d logp / d hidden can be had in the forward, and the backward is one multiplication.
+    """
     backend = resolve_backend(backend, hidden.device)
-    direction = _has_direction(frozen, backend)
     _check_values(hidden, weight, targets, bias, ignore_index)
     n = hidden.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     rows = _kept_rows(targets != ignore_index)
-    if rows is not None and len(rows) == 0:
+    if n == 0 or (rows is not None and len(rows) == 0):
         zeros = [hidden.new_zeros(n, dtype=dtype) for _ in range(4)]
         empty = hidden.new_zeros(0, dtype=dtype)
         return (
@@ -133,7 +130,7 @@ def _linear_logps(
             zeros[1] if entropy else empty,
             zeros[2],
             zeros[3],
-            torch.zeros_like(hidden) if direction else hidden.new_zeros(0),
+            torch.zeros_like(hidden) if frozen else hidden.new_zeros(0),
         )
     out = _backend(backend).forward(
         _unit_stride(_take(hidden, rows)),
@@ -142,7 +139,7 @@ def _linear_logps(
         None if bias is None else bias.contiguous(),
         HeadSpec(logit_scale, softcap, temperature),
         entropy=entropy,
-        direction=direction,
+        direction=frozen,
         workspace_bytes=workspace_bytes,
     )
     return (
@@ -155,9 +152,8 @@ def _linear_logps(
 
 
 def _linear_logps_fake(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, entropy, frozen, backend, _
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, entropy, frozen, *_
 ):
-    direction = _has_direction(frozen, resolve_backend(backend, hidden.device))
     n = hidden.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     vector = [hidden.new_empty(n, dtype=dtype) for _ in range(3)]
@@ -166,7 +162,7 @@ def _linear_logps_fake(
         hidden.new_empty(n if entropy else 0, dtype=dtype),
         vector[1],
         vector[2],
-        hidden.new_empty(hidden.shape) if direction else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape) if frozen else hidden.new_empty(0),
     )
 
 

@@ -51,7 +51,7 @@ def fused_linear_logps(
         logps = log_softmax(logits, -1).gather(-1, targets)            0 where targets == ignore_index
 
     `targets[i]` is the token that `hidden[i]` predicts: shift before calling. Rows that are ignored cost nothing.
-    With a frozen head (weight and bias without gradient) on the `torch` backend the forward also keeps
+    With a frozen head (weight and bias without gradient) the forward also keeps
     d logp / d hidden, so forward and backward together cost 4NDV FLOP; otherwise they cost 8NDV, and 2NDV without
     gradient. The order of operations is that of the model families: Cohere and Granite scale, Gemma 2 caps.
 

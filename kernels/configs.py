@@ -25,6 +25,9 @@ HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=
 HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2)
 HEAD_LOGPS_FP32_EXTRAS = LaunchConfig(block_n=64, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
+# One or two rows a program: the row's statistics stay in registers while its tile is passed over twice from L2.
+FOLD_LOGITS = LaunchConfig(block_n=2, block_v=256, block_d=0, num_warps=4, num_stages=1)
+
 # Elementwise over a tile: 16 fp32 values a thread, rows short enough that small batches still fill the GPU.
 DLOGITS = LaunchConfig(block_n=4, block_v=1024, block_d=0, num_warps=8, num_stages=1)
 
@@ -39,3 +42,23 @@ def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
     if itemsize <= 2:
         return HEAD_LOGPS_EXTRAS if extras else HEAD_LOGPS
     return HEAD_LOGPS_FP32_EXTRAS if extras else HEAD_LOGPS_FP32
+
+
+# First row that fits: least capability (90 is sm_90; 0 is the interpreter and other vendors), most bytes an operand,
+# least hidden size, which forward. Not measured here yet. Published on H100: cuBLAS tile + row kernel 648 to 709
+# TFLOP/s, fused Triton 208 to 469, so Hopper and Blackwell fold; on Ampere and Ada cuBLAS has no such lead, and fused
+# saves the traffic. IEEE float32 has no tensor core in Triton, and cuBLAS is far ahead in it everywhere.
+FORWARD_METHODS = (
+    (90, 2, 0, "fold"),
+    (80, 2, 0, "fused"),
+    (80, 8, 0, "fold"),
+    (0, 8, 0, "fused"),
+)
+
+
+def forward_method(capability: int, itemsize: int, width: int) -> str:
+    """fused or fold, for operands of `itemsize` bytes and hidden size `width`."""
+    for least_capability, most_bytes, least_width, method in FORWARD_METHODS:
+        if capability >= least_capability and itemsize <= most_bytes and width >= least_width:
+            return method
+    raise ValueError(f"no forward for capability {capability}, {itemsize} bytes, width {width}")

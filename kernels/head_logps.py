@@ -10,6 +10,7 @@ give the same bits.
     weight  [V, D]      the dtype of hidden; unit stride in D
     target  [N]         int64; a row whose target is outside [0, V) gets NaN and reads nothing foreign
     part    [S, 4, N]   ACC: m, s, the target's logit (0 where another range owns it), u = sum (z - m) e^(z - m)
+    mass    [N, T]      ACC: log of sum e^z f over each BLOCK_V columns; f is the softcap's slope, or 1
 
 Logits exist only in registers. 2NDV FLOP; weight is read N / BLOCK_N times, mostly from L2, because programs of
 neighbouring rows run together over the same vocabulary range.
@@ -28,12 +29,14 @@ def head_logps_kernel(
     bias_ptr,
     target_ptr,
     part_ptr,
+    mass_ptr,
     N,
     V,
     D,
     SPLIT,  # columns per program, a multiple of BLOCK_V
     stride_hn,
     stride_wv,
+    stride_mn,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -43,6 +46,7 @@ def head_logps_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_MASS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -72,7 +76,7 @@ def head_logps_kernel(
             ACC,
             UPCAST,
         )
-        b_z, _ = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+        b_z, b_slope = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
         b_logit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_z, 0.0), axis=1)
         b_new = tl.maximum(b_max, tl.max(b_z, axis=1))
         b_shrink = guarded_exp(b_max, b_new)
@@ -83,6 +87,9 @@ def head_logps_kernel(
             b_u += tl.sum(tl.where(b_e == 0.0, 0.0, (b_z - b_new[:, None]) * b_e), axis=1)
         b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)
         b_max = b_new
+        if HAS_MASS:
+            b_mass = tl.log(tl.sum(b_e * b_slope, axis=1)) + b_new
+            tl.store(mass_ptr + o_n * stride_mn + start // BLOCK_V, b_mass, mask=m_n)
     p_part = part_ptr + tl.program_id(1).to(tl.int64) * 4 * N + o_n
     tl.store(p_part, b_max, mask=m_n)
     tl.store(p_part + N, b_sum, mask=m_n)
@@ -98,6 +105,7 @@ def merge_splits_kernel(
     logp_ptr,
     row_max_ptr,
     row_sum_ptr,
+    logit_ptr,
     entropy_ptr,
     N,
     V,
@@ -131,5 +139,6 @@ def merge_splits_kernel(
     tl.store(logp_ptr + o_n, b_logp, mask=m_n)
     tl.store(row_max_ptr + o_n, b_max, mask=m_n)
     tl.store(row_sum_ptr + o_n, b_sum, mask=m_n)
+    tl.store(logit_ptr + o_n, b_logit, mask=m_n)
     if HAS_ENTROPY:
         tl.store(entropy_ptr + o_n, tl.log(b_sum) - b_u / b_sum, mask=m_n)

@@ -2,7 +2,7 @@
 
 Run without TRITON_INTERPRET; no GPU is needed:
 
-    python tests/compile_kernels.py 80 90
+    python tests/compile_kernels.py 80 90 | markdown | amd
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -19,6 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from bco_fast.kernels import configs
+from bco_fast.kernels.fold_logits import fold_logits_kernel
 from bco_fast.kernels.head_backward import dlogits_kernel
 from bco_fast.kernels.head_logps import head_logps_kernel, merge_splits_kernel
 
@@ -29,47 +31,57 @@ HEAD = {"LOGIT_SCALE": 1.0, "SOFTCAP": 30.0, "TEMPERATURE": 1.0}
 
 
 def cases():
-    """(name, kernel, pointer and scalar types, constants, launch config)."""
-    floats = {"logp_ptr": "*fp32", "row_max_ptr": "*fp32", "row_sum_ptr": "*fp32", "entropy_ptr": "*fp32"}
+    """(name, kernel, pointer and scalar types, constants, launch config): every kernel with its default configs."""
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for extras in (False, True):
             config = configs.head_logps(itemsize, extras=extras)
-            types = {f"{n}_ptr": f"*{dtype}" for n in ("hidden", "weight", "bias")}
-            types |= {"target_ptr": "*i64", "part_ptr": "*fp32"}
-            types |= dict.fromkeys(("N", "V", "D", "SPLIT", "stride_hn", "stride_wv"), "i32")
-            flags = {
-                "HAS_BIAS": extras,
-                "HAS_SOFTCAP": extras,
-                "HAS_ENTROPY": extras,
-                "ACC": tl.float32,
-                "UPCAST": False,
-            }
+            types = _types(
+                dtype, "hidden weight bias", fp32="part mass", integers="N V D SPLIT stride_hn stride_wv stride_mn"
+            )
+            flags = _flags(extras, "BIAS SOFTCAP ENTROPY MASS") | {"ACC": tl.float32, "UPCAST": False}
             blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-            name = f"head_logps {dtype}{' bias softcap entropy' if extras else ''}"
+            name = f"head_logps {dtype}{' bias softcap entropy mass' if extras else ''}"
             yield name, head_logps_kernel, types, HEAD | flags | blocks, config
+    statistics = "row_max row_sum logp entropy grad_logp grad_entropy"
     for dtype in ("bf16", "fp16", "fp32"):
         config = configs.DLOGITS
-        types = floats | {"tile_ptr": "*fp32", "bias_ptr": f"*{dtype}", "target_ptr": "*i64", "out_ptr": f"*{dtype}"}
-        types |= dict.fromkeys(("grad_logp_ptr", "grad_entropy_ptr"), "*fp32")
-        types |= dict.fromkeys(("N", "V", "FIRST", "C", "stride_tn", "stride_on"), "i32")
-        flags = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_GRAD_ENTROPY": True}
+        types = _types(dtype, "bias out", fp32=f"tile {statistics}", integers="N V FIRST C stride_tn stride_on")
         blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
-        yield f"dlogits {dtype}", dlogits_kernel, types, HEAD | flags | blocks, config
+        yield (
+            f"dlogits {dtype}",
+            dlogits_kernel,
+            types,
+            HEAD | _flags(True, "BIAS SOFTCAP GRAD_ENTROPY") | blocks,
+            config,
+        )
+    for dtype in ("bf16", "fp16", "fp32"):
+        for extras in (False, True):
+            config = configs.FOLD_LOGITS
+            integers = "N V FIRST C STATE stride_tn stride_on stride_mn"
+            types = _types(dtype, "bias out", fp32="tile state shrink slope mass", integers=integers)
+            blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
+            flags = _flags(extras, "BIAS SOFTCAP ENTROPY MASS OUT")
+            name = f"fold_logits {dtype}{' bias softcap entropy mass out' if extras else ''}"
+            yield name, fold_logits_kernel, types, HEAD | flags | blocks, config
     config = configs.MERGE_SPLITS
-    types = floats | {
-        "part_ptr": "*fp32",
-        "target_ptr": "*i64",
-        "logp_ptr": "*fp32",
-        "N": "i32",
-        "V": "i32",
-        "S": "i32",
-    }
+    types = _types("fp32", "part", fp32="row_max row_sum logp logit entropy", integers="N V S")
     constants = {"BLOCK_N": config.block_n, "HAS_ENTROPY": True, "ACC": tl.float32}
     yield "merge_splits", merge_splits_kernel, types, constants, config
 
 
-def compile_for(capability: int, kernel, types: dict, constants: dict, config):
+def _types(dtype: str, operands: str, *, fp32: str, integers: str) -> dict[str, str]:
+    types = {f"{name}_ptr": f"*{dtype}" for name in operands.split()}
+    types |= {f"{name}_ptr": "*fp32" for name in fp32.split()}
+    return types | {"target_ptr": "*i64"} | dict.fromkeys(integers.split(), "i32")
+
+
+def _flags(value: bool, names: str) -> dict[str, bool]:
+    return {f"HAS_{name}": value for name in names.split()}
+
+
+def compile_for(capability: int, kernel, types: dict, constants: dict, config, target: GPUTarget | None = None):
     names = kernel.arg_names
+    types = {n: t for n, t in types.items() if n in names and n not in constants}
     # A launch specialises on divisibility by 16: pointers from the allocator, and every stride of a real model.
     aligned = [
         n
@@ -83,7 +95,7 @@ def compile_for(capability: int, kernel, types: dict, constants: dict, config):
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=target or GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(binary, capability: int) -> dict:
@@ -104,8 +116,47 @@ def resources(binary, capability: int) -> dict:
     }
 
 
-if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
+def report(capabilities: list[int]) -> Iterator[dict]:
+    for capability in capabilities:
         for name, kernel, types, constants, config in cases():
             binary = compile_for(capability, kernel, types, constants, config)
-            print(json.dumps({"kernel": name, "sm": capability, **resources(binary, capability)}), flush=True)
+            yield {"kernel": name, "sm": capability, **resources(binary, capability)}
+
+
+def markdown(rows: list[dict]) -> str:
+    """One line a kernel, one column a GPU: registers and shared memory; spills would be written out."""
+    capabilities = sorted({row["sm"] for row in rows})
+    lines = ["| kernel | " + " | ".join(f"sm_{c}" for c in capabilities) + " |", "|---" * (len(capabilities) + 1) + "|"]
+    by_kernel: dict[str, dict[int, str]] = {}
+    for row in rows:
+        spilled = f", **{row['spill_bytes']} B spilled**" if row["spill_bytes"] else ""
+        cell = f"{row['registers']} reg, {row['smem_bytes'] / 1024:.0f} KiB{', MMA' if row['tensor_core'] else ''}{spilled}"
+        by_kernel.setdefault(row["kernel"], {})[row["sm"]] = cell
+    lines += [f"| {name} | " + " | ".join(cells[c] for c in capabilities) + " |" for name, cells in by_kernel.items()]
+    return "\n".join(lines)
+
+
+def amd(architecture: str = "gfx942") -> Iterator[dict]:
+    """The same kernels for an AMD GPU, as far as Triton's wheel goes: an object file, and what it says of itself."""
+    for name, kernel, types, constants, config in cases():
+        binary = compile_for(0, kernel, types, constants, config, target=GPUTarget("hip", architecture, 64))
+        text = binary.asm["amdgcn"]
+        yield {
+            "kernel": name,
+            "gfx": architecture,
+            "spill_bytes": 4 * max(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)),
+            "smem_bytes": binary.metadata.shared,
+            "smem_limit": 65536,
+            "matrix_core": "v_mfma" in text,
+        }
+
+
+if __name__ == "__main__":
+    if "amd" in sys.argv[1:]:
+        for row in amd():
+            print(json.dumps(row), flush=True)
+    elif "markdown" in sys.argv[1:]:
+        print(markdown(list(report([80, 86, 89, 90, 100, 120]))))
+    else:
+        for row in report([int(c) for c in sys.argv[1:]]):
+            print(json.dumps(row), flush=True)

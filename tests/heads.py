@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 
@@ -64,16 +66,8 @@ def run(case: Case, backend: str, dtype: torch.dtype, *, frozen=(), device="cpu"
     }
     targets = case.targets.to(device)
     entropy = case.upstream_entropy is not None
-    call = plain if backend == "plain" else lambda h, w, y, **kw: fused_linear_logps(h, w, y, backend=backend, **kw)
-    out = call(
-        leaves["hidden"],
-        leaves["weight"],
-        targets,
-        bias=leaves.get("bias"),
-        return_entropy=entropy,
-        **case.options,
-        **kwargs,
-    )
+    on_device = Case(leaves["hidden"], leaves["weight"], targets, leaves.get("bias"), options=case.options)
+    out = fused_call(on_device, backend, entropy, **kwargs)
     results = {"logps": out[0] if entropy else out}
     total = (results["logps"].double() * case.upstream.to(device)).sum()
     if entropy:
@@ -84,6 +78,21 @@ def run(case: Case, backend: str, dtype: torch.dtype, *, frozen=(), device="cpu"
     return {k: t.detach() for k, t in results.items()} | {
         f"d_{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
     }
+
+
+def fused_call(case: Case, backend: str, entropy: bool, **kwargs):
+    """`fused_linear_logps` on the case's own tensors, or `plain`."""
+    call = plain if backend == "plain" else functools.partial(fused_linear_logps, backend=backend.removesuffix(" fold"))
+    arguments = {"bias": case.bias, "return_entropy": entropy, **case.options, **kwargs}
+    return _forced(backend)(call)(case.hidden, case.weight, case.targets, **arguments)
+
+
+def _forced(backend: str):
+    """`triton fold` is the triton backend with its other forward."""
+    if not backend.startswith("triton"):
+        return lambda call: call
+    method = "fold" if backend.endswith("fold") else "fused"
+    return mock.patch("bco_fast.kernels.configs.forward_method", return_value=method)
 
 
 def plain(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, temperature=1.0, return_entropy=False):

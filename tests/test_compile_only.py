@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+KERNELS = 16
 
 
 def _report(*capabilities):
@@ -31,12 +32,22 @@ def _check(rows):
 
 def test_ampere_and_hopper():
     rows = _report(80, 90)
-    assert len(rows) == 20
+    assert len(rows) == 2 * KERNELS
     _check(rows)
+
+
+@pytest.mark.slow
+def test_amd_instinct():
+    rows = _report("amd")
+    assert len(rows) == KERNELS
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["smem_bytes"] <= row["smem_limit"], row
+        assert row["matrix_core"] == row["kernel"].startswith("head_logps"), row
 
 
 @pytest.mark.slow
 def test_the_other_generations():
     rows = _report(86, 89, 100, 120)
-    assert len(rows) == 40
+    assert len(rows) == 4 * KERNELS
     _check(rows)

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-from heads import OPTIONS, Case, case, check, plain, relative_error, run
+from heads import OPTIONS, Case, case, check, fused_call, plain, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bco_fast import HeadStats, fused_linear_logps
 from bco_fast._backends import HeadNeed, HeadSaved, HeadSpec, chunked
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "triton fold"]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -81,16 +81,39 @@ def test_a_bias_of_minus_infinity_masks_tokens(backend):
     assert relative_error(ours["d_weight"][600:], truth["d_weight"]) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_frozen_head_saves_the_direction(options, dtype):
+def test_frozen_head_saves_the_direction(backend, options, dtype):
     """The 4NDV path: d logp / d hidden comes out of the forward."""
     c = case(130, 1100, 96, options=options, bias=True)
-    check(c, "torch", dtype, frozen=("weight", "bias"))
+    check(c, backend, dtype, frozen=("weight", "bias"), workspace_bytes=300_000)
 
 
-def test_frozen_head_with_an_entropy_gradient_recomputes():
-    check(case(40, 300, 32, entropy=True, options="everything"), "torch", torch.float32, frozen=("weight",))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_frozen_head_with_an_entropy_gradient_recomputes(backend):
+    check(case(40, 300, 32, entropy=True, options="everything"), backend, torch.float32, frozen=("weight",))
+
+
+@pytest.mark.parametrize("method", ["fused", "fold"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_the_mass_of_each_256_wide_tile(method, softcap):
+    """What the sparse backward will choose by: the share of every tile in its row, times the softcap's slope."""
+    from bco_fast._backends import triton as backend
+
+    c = case(20, 1100, 16, ignored=0.0, center=5.0)
+    out = backend.forward(
+        c.hidden.float(), c.weight.float(), c.targets, None, HeadSpec(1.0, softcap, 1.0),
+        entropy=False, direction=False, mass=True, method=method, workspace_bytes=100_000,
+    )  # fmt: skip
+    z = c.hidden @ c.weight.T
+    slope = torch.ones_like(z)
+    if softcap:
+        slope = 1 - torch.tanh(z / softcap) ** 2
+        z = softcap * torch.tanh(z / softcap)
+    cells = torch.nn.functional.pad(z.softmax(-1) * slope, (0, -1100 % 256)).view(20, -1, 256).sum(-1)
+    assert out.mass.shape == (20, 5)
+    assert relative_error(out.mass, cells) < 3e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -133,7 +156,7 @@ def test_strides_do_not_matter(backend):
     for name, (hidden, weight) in layouts.items():
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         assert hidden.stride() != h.stride() or weight.stride() != w.stride()
-        logps = fused_linear_logps(hidden, weight, c.targets, backend=backend)
+        logps = fused_linear_logps(hidden, weight, c.targets, backend=backend.removesuffix(" fold"))
         (logps * c.upstream).sum().backward()
         assert torch.allclose(logps, straight["logps"], rtol=1e-5, atol=1e-6), name
         assert relative_error(hidden.grad, straight["d_hidden"]) < 1e-6, name
@@ -211,21 +234,23 @@ def test_the_same_bits_every_time_and_from_another_thread(backend):
             assert torch.equal(tensor, other[name]), name
 
 
-def test_gradcheck():
-    c = case(6, 11, 5, ignored=0.2, options="everything")
-    inputs = [t.clone().requires_grad_() for t in (c.hidden, c.weight, torch.randn(11).double())]
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize(
+    "options", ["everything", *(pytest.param(o, marks=pytest.mark.slow) for o in ("plain", "softcap"))]
+)
+def test_gradcheck(backend, bias, entropy, options):
+    c = case(6, 11, 5, bias=bias, entropy=entropy, ignored=0.2, options=options)
+    inputs = [t.clone().requires_grad_() for t in (c.hidden, c.weight, c.bias) if t is not None]
 
-    def call(backend, hidden, weight, bias):
-        return fused_linear_logps(
-            hidden, weight, c.targets, bias=bias, return_entropy=True, backend=backend, **c.options
-        )
+    def call(hidden, weight, bias=None):
+        made = Case(hidden, weight, c.targets, bias, options=c.options)
+        return fused_call(made, backend, entropy)
 
-    for backend in BACKENDS:
-        assert torch.autograd.gradcheck(lambda *t, b=backend: call(b, *t), inputs, eps=1e-5, atol=1e-6)
-    frozen = [inputs[0], inputs[1].detach(), inputs[2].detach()]
-    assert torch.autograd.gradcheck(
-        lambda h: fused_linear_logps(h, frozen[1], c.targets, bias=frozen[2], backend="torch", **c.options), inputs[:1]
-    )
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-5, atol=1e-6)
+    frozen = [t.detach() for t in inputs[1:]]
+    assert torch.autograd.gradcheck(lambda h: call(h, *frozen), inputs[:1], eps=1e-5, atol=1e-6)
 
 
 def test_the_measure_catches_a_zeroed_gradient():
@@ -320,17 +345,19 @@ def test_an_unknown_backend_is_named():
         fused_linear_logps(**_bad(), backend="fast")
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
-def test_the_kernels_give_nan_for_a_foreign_target(backend):
+@pytest.mark.parametrize("direction", [False, True], ids=["", "direction"])
+@pytest.mark.parametrize(
+    ("module", "method"), [("chunked", {}), ("triton", {"method": "fused"}), ("triton", {"method": "fold"})]
+)
+def test_the_kernels_give_nan_for_a_foreign_target(module, method, direction):
     """Behind the host's checks, as on a GPU: no foreign memory is read and the row shows."""
     import importlib
 
-    module = importlib.import_module(f"bco_fast._backends.{backend}")
-    targets = torch.tensor([1, 50, -7])
-    out = module.forward(
-        torch.randn(3, 8), torch.randn(20, 8), targets, None, HeadSpec(1.0, None, 1.0),
-        entropy=False, direction=backend == "chunked", workspace_bytes=1 << 20,
+    targets = torch.tensor([1, 50, -7, 2**62])
+    out = importlib.import_module(f"bco_fast._backends.{module}").forward(
+        torch.randn(4, 8), torch.randn(20, 8), targets, None, HeadSpec(1.0, None, 1.0),
+        entropy=False, direction=direction, workspace_bytes=1 << 20, **method,
     )  # fmt: skip
-    assert out.logps.isnan().tolist() == [False, True, True]
-    if backend == "chunked":
-        assert out.direction.isnan().all(1).tolist() == [False, True, True]
+    assert out.logps.isnan().tolist() == [False, True, True, True]
+    if direction:
+        assert out.direction.isnan().all(1).tolist() == [False, True, True, True]

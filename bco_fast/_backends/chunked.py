@@ -14,48 +14,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype
+from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
 
 # A tile of 1024 columns keeps the CPU's matmul at full speed; beyond 8 MiB it leaves the cache between its passes.
 CPU_COLUMNS = 1024
 CPU_TILE_BYTES = 8 << 20
 GPU_COLUMNS = 4096
-SMALLEST = 64
 
 
-class Tiling:
-    """Cuts [N, V] into tiles that fit workspace_bytes with what the matmuls around them need."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, workspace_bytes: int, tiles: int):
-        self.rows_total, width = hidden.shape
-        self.columns_total = weight.shape[0]
-        item = accumulator_dtype(hidden.dtype).itemsize
-        on_cpu = hidden.device.type == "cpu"
-        if on_cpu:
-            rows = min(self.rows_total, CPU_TILE_BYTES // item // CPU_COLUMNS)
-            columns = max(CPU_COLUMNS, CPU_TILE_BYTES // item // max(rows, 1))
-        else:
-            rows = self.rows_total
-            columns = max(GPU_COLUMNS, workspace_bytes // item // tiles // max(rows, 1))
-        columns = min(columns, self.columns_total)
-        # one partial product beside the tiles; low-precision operands are also held once more in float32
-        copies = 1 if hidden.dtype == accumulator_dtype(hidden.dtype) else 2
-
-        def used() -> int:
-            return item * (tiles * rows * columns + copies * max(rows, columns) * width)
-
-        while used() > workspace_bytes and max(rows, columns) > SMALLEST:
-            if rows > columns:
-                rows = max(SMALLEST, rows // 2)
-            else:
-                columns = max(SMALLEST, columns // 2)
-        self.rows, self.columns = max(rows, 1), max(columns, 1)
-
-    def row_slices(self) -> Iterator[slice]:
-        return _slices(self.rows_total, self.rows)
-
-    def column_slices(self) -> Iterator[slice]:
-        return _slices(self.columns_total, self.columns)
+def _tile(hidden: Tensor, weight: Tensor, workspace_bytes: int, tiles: int) -> tuple[int, int]:
+    """Rows and columns of a tile: `tiles` of them are held at once, and a partial product beside them."""
+    n, d = hidden.shape
+    item = accumulator_dtype(hidden.dtype).itemsize
+    if hidden.device.type == "cpu":
+        rows = min(n, CPU_TILE_BYTES // item // CPU_COLUMNS)
+        columns = max(CPU_COLUMNS, CPU_TILE_BYTES // item // rows)
+    else:
+        rows = n
+        columns = max(GPU_COLUMNS, workspace_bytes // (item * tiles * rows))
+    # low-precision operands are held once more in float32
+    column = item * d * (1 if hidden.dtype.itemsize == item else 2)
+    return tile_shape(
+        rows, min(columns, weight.shape[0]), workspace_bytes, cell=item * tiles, row=item * d, column=column
+    )
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -142,7 +123,7 @@ def forward(
 ) -> HeadForward:
     dtype = accumulator_dtype(hidden.dtype)
     n = hidden.shape[0]
-    tiling = Tiling(hidden, weight, workspace_bytes, tiles=1 + entropy + (spec.softcap is not None))
+    tile_rows, tile_columns = _tile(hidden, weight, workspace_bytes, tiles=1 + entropy + (spec.softcap is not None))
     row_max = hidden.new_full((n,), float("-inf"), dtype=dtype)
     row_sum = hidden.new_zeros(n, dtype=dtype)
     logits = hidden.new_full((n,), float("nan"), dtype=dtype)
@@ -152,9 +133,9 @@ def forward(
     slope_y = hidden.new_ones(n, dtype=dtype)
 
     operand = _operand(hidden)
-    for columns in tiling.column_slices():
+    for columns in _slices(weight.shape[0], tile_columns):
         chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
-        for rows in tiling.row_slices():
+        for rows in _slices(len(hidden), tile_rows):
             z, slope = logits_tile(operand[rows], chunk, chunk_bias, spec)
             inside, at = _target_columns(targets[rows], columns)
             logits[rows] = torch.where(inside, z.gather(1, at)[:, 0], logits[rows])
@@ -170,7 +151,7 @@ def forward(
                 e = z.exp_()
             row_sum[rows] = row_sum[rows] * shrink + e.sum(1)
             if direction:
-                # Without the target's own term Q stays accurate as p_y -> 1, where W_y - sum p W cancels.
+                # Q goes without the target's own term, see `assemble_direction`.
                 e.scatter_(1, at, torch.where(inside[:, None], 0.0, e.gather(1, at)))
                 off_target[rows] = off_target[rows] * shrink + e.sum(1)
                 if slope is not None:
@@ -184,18 +165,8 @@ def forward(
     logps = (logits - row_max) - row_sum.log()
     grad = None
     if direction:
-        wanted = targets.clamp(0, weight.shape[0] - 1)
-        grad = _direction(pull, weight, wanted, slope_y * off_target / row_sum, row_sum, spec)
-        grad[(targets < 0) | (targets >= weight.shape[0])] = float("nan")
-        grad = grad.to(hidden.dtype)
-    return HeadForward(logps, row_sum.log() - u / row_sum if entropy else None, row_max, row_sum, grad)
-
-
-def _direction(pull: Tensor, weight: Tensor, targets: Tensor, push: Tensor, row_sum: Tensor, spec: HeadSpec) -> Tensor:
-    """d logp / d hidden = scale / temperature * ((1 - p_y) f_y W_y - sum over k != y of p_k f_k W_k), in place."""
-    pull *= (-spec.slope / row_sum)[:, None]
-    pull.addcmul_(weight[targets].to(pull.dtype), (spec.slope * push)[:, None])
-    return pull
+        grad = assemble_direction(pull, weight, targets, slope_y, off_target, row_sum, spec).to(hidden.dtype)
+    return HeadForward(logps, row_sum.log() - u / row_sum if entropy else None, row_max, row_sum, grad, logits)
 
 
 def backward(
@@ -209,19 +180,23 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, weight, bias = saved.hidden, saved.weight, saved.bias
     dtype = accumulator_dtype(hidden.dtype)
-    tiling = Tiling(hidden, weight, workspace_bytes, tiles=1 + (grad_entropy is not None) + (spec.softcap is not None))
+    tile_rows, tile_columns = _tile(
+        hidden, weight, workspace_bytes, tiles=1 + (grad_entropy is not None) + (spec.softcap is not None)
+    )
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
     d_bias = torch.empty_like(bias) if need.bias else None
     operand = _operand(hidden)
     # Held once for all chunks: oneDNN's dz^T h is faster with h of unit stride in N.
     columnwise = need.weight and _onednn(operand)
-    right = [operand[rows].T.contiguous().T if columnwise else operand[rows] for rows in tiling.row_slices()]
+    right = [
+        operand[rows].T.contiguous().T if columnwise else operand[rows] for rows in _slices(len(hidden), tile_rows)
+    ]
 
-    for columns in tiling.column_slices():
+    for columns in _slices(weight.shape[0], tile_columns):
         chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
         d_chunk, d_chunk_bias = None, None
-        for rows, hidden_rows in zip(tiling.row_slices(), right, strict=True):
+        for rows, hidden_rows in zip(_slices(len(hidden), tile_rows), right, strict=True):
             dz = _dlogits_tile(operand[rows], chunk, chunk_bias, grad_logps, grad_entropy, saved, spec, rows, columns)
             if need.bias:
                 part = dz.sum(0)

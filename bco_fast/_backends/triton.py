@@ -1,6 +1,14 @@
-"""The `triton` backend: launches of the kernels in `bco_fast.kernels`, and the matmuls between them."""
+"""The `triton` backend: launches of the kernels in `bco_fast.kernels`, and the matmuls between them.
+
+Two forwards give the same numbers: "fused" (matmul, softmax and gather in one kernel) and "fold" (a matmul tile in the
+workspace, then a row kernel). `configs.forward_method` picks one; a frozen head always folds, because the tile that the
+row kernel leaves behind is what the second matmul of d logp / d hidden wants.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Literal
 
 import torch
 import triton
@@ -8,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels import configs
+from ..kernels.fold_logits import fold_logits_kernel
 from ..kernels.head_backward import dlogits_kernel
 from ..kernels.head_logps import head_logps_kernel, merge_splits_kernel
-from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype
+from . import MASS_TILE, HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
 
 INTERPRETED = not isinstance(head_logps_kernel, triton.runtime.JITFunction)
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -36,12 +45,17 @@ def _constants(spec: HeadSpec, bias: Tensor | None) -> dict:
     }
 
 
-def _splits(row_blocks: int, column_blocks: int, device: torch.device) -> int:
-    """Enough vocabulary ranges that every multiprocessor has about four programs to take turns at."""
-    if device.type == "cpu":
-        return min(2, column_blocks)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(column_blocks, triton.cdiv(4 * processors, row_blocks), 65535))
+def _launch(config: configs.LaunchConfig) -> dict:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 for sm_90; 0 where there is none (the interpreter, other vendors)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def forward(
@@ -54,40 +68,69 @@ def forward(
     entropy: bool,
     direction: bool,
     workspace_bytes: int,
+    mass: bool = False,
+    method: Literal["fused", "fold"] | None = None,
+) -> HeadForward:
+    if method is None:
+        method = configs.forward_method(_capability(hidden.device), hidden.dtype.itemsize, hidden.shape[1])
+    if method == "fold" or direction:
+        return _forward_fold(hidden, weight, targets, bias, spec, entropy, direction, workspace_bytes, mass)
+    return _forward_fused(hidden, weight, targets, bias, spec, entropy, mass)
+
+
+def _splits(row_blocks: int, column_blocks: int, device: torch.device) -> int:
+    """Enough vocabulary ranges that every multiprocessor has about four programs to take turns at."""
+    if device.type == "cpu":
+        return min(2, column_blocks)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(column_blocks, triton.cdiv(4 * processors, row_blocks), 65535))
+
+
+def _forward_fused(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    spec: HeadSpec,
+    entropy: bool,
+    mass: bool,
 ) -> HeadForward:
     n, d = hidden.shape
     v = weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
-    extras = entropy or bias is not None or spec.softcap is not None
+    extras = entropy or mass or bias is not None or spec.softcap is not None
     config = configs.INTERPRETED if INTERPRETED else configs.head_logps(hidden.dtype.itemsize, extras=extras)
     row_blocks, column_blocks = triton.cdiv(n, config.block_n), triton.cdiv(v, config.block_v)
     splits = _splits(row_blocks, column_blocks, hidden.device)
     split = triton.cdiv(column_blocks, splits) * config.block_v
     splits = triton.cdiv(v, split)
     part = hidden.new_empty((splits, 4, n), dtype=dtype)
+    masses = hidden.new_empty((n, column_blocks), dtype=dtype) if mass else None
     head_logps_kernel[(row_blocks, splits)](
         hidden_ptr=hidden,
         weight_ptr=weight,
         bias_ptr=bias,
         target_ptr=targets,
         part_ptr=part,
+        mass_ptr=masses,
         N=n,
         V=v,
         D=d,
         SPLIT=split,
         stride_hn=hidden.stride(0),
         stride_wv=weight.stride(0),
+        stride_mn=column_blocks,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
         HAS_ENTROPY=entropy,
+        HAS_MASS=mass,
         ACC=TRITON_DTYPE[dtype],
         UPCAST=INTERPRETED,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_launch(config),
         **_constants(spec, bias),
     )
-    logps, row_max, row_sum, h = hidden.new_empty((4, n), dtype=dtype).unbind(0)
+    logps, row_max, row_sum, logits, h = hidden.new_empty((5, n), dtype=dtype).unbind(0)
     merge = configs.MERGE_SPLITS
     merge_splits_kernel[(triton.cdiv(n, merge.block_n),)](
         part_ptr=part,
@@ -95,6 +138,7 @@ def forward(
         logp_ptr=logps,
         row_max_ptr=row_max,
         row_sum_ptr=row_sum,
+        logit_ptr=logits,
         entropy_ptr=h,
         N=n,
         V=v,
@@ -102,9 +146,100 @@ def forward(
         BLOCK_N=merge.block_n,
         HAS_ENTROPY=entropy,
         ACC=TRITON_DTYPE[dtype],
-        num_warps=merge.num_warps,
+        **_launch(merge),
     )
-    return HeadForward(logps, h if entropy else None, row_max, row_sum, None)
+    masses = _wide_masses(masses, config.block_v, row_max, row_sum) if mass else None
+    return HeadForward(logps, h if entropy else None, row_max, row_sum, None, logits, masses)
+
+
+def _forward_fold(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    spec: HeadSpec,
+    entropy: bool,
+    direction: bool,
+    workspace_bytes: int,
+    mass: bool,
+) -> HeadForward:
+    dtype = accumulator_dtype(hidden.dtype)
+    given = hidden.dtype
+    hidden, weight = _operands(hidden, weight)
+    n, v = hidden.shape[0], weight.shape[0]
+    config = configs.INTERPRETED if INTERPRETED else configs.FOLD_LOGITS
+    state = hidden.new_zeros((5, n), dtype=dtype)
+    state[0] = float("-inf")
+    shrink, slope = hidden.new_ones((2, n), dtype=dtype).unbind(0) if direction else (None, None)
+    pull = hidden.new_zeros(hidden.shape, dtype=dtype) if direction else None
+    masses = hidden.new_empty((n, triton.cdiv(v, config.block_v)), dtype=dtype) if mass else None
+    rows, columns = _tile(hidden, v, workspace_bytes, slices=0)
+    columns = max(columns // config.block_v, 1) * config.block_v if mass else columns  # a mass is written by one tile
+    for first in range(0, v, columns):
+        chunk = weight[first : first + columns]
+        for top in range(0, n, rows):
+            block = slice(top, min(top + rows, n))
+            tile = _matmul(hidden[block], chunk.T)
+            out = None
+            if direction:
+                out = tile if tile.dtype == hidden.dtype else torch.empty_like(tile, dtype=hidden.dtype)
+            r, c = tile.shape
+            fold_logits_kernel[(triton.cdiv(r, config.block_n),)](
+                tile_ptr=tile,
+                bias_ptr=bias,
+                target_ptr=targets[block],
+                state_ptr=state[:, block],
+                shrink_ptr=shrink[block] if direction else None,
+                slope_ptr=slope[block] if direction else None,
+                mass_ptr=masses[block] if mass else None,
+                out_ptr=out,
+                N=r,
+                V=v,
+                FIRST=first,
+                C=c,
+                STATE=n,
+                stride_tn=tile.stride(0),
+                stride_on=out.stride(0) if direction else 0,
+                stride_mn=masses.stride(0) if mass else 0,
+                BLOCK_N=config.block_n,
+                BLOCK_V=config.block_v,
+                HAS_ENTROPY=entropy,
+                HAS_MASS=mass,
+                HAS_OUT=direction,
+                **_launch(config),
+                **_constants(spec, bias),
+            )
+            if direction:
+                pull[block] *= shrink[block, None]
+                _accumulate(pull[block], out, chunk)
+    row_max, row_sum, logits, u, off_target = state.unbind(0)
+    outside = (targets < 0) | (targets >= v)
+    logits = torch.where(outside, float("nan"), logits)
+    grad = assemble_direction(pull, weight, targets, slope, off_target, row_sum, spec).to(given) if direction else None
+    return HeadForward(
+        (logits - row_max) - row_sum.log(),
+        row_sum.log() - u / row_sum if entropy else None,
+        row_max,
+        row_sum,
+        grad,
+        logits,
+        _wide_masses(masses, config.block_v, row_max, row_sum) if mass else None,
+    )
+
+
+def _wide_masses(logs: Tensor, width: int, row_max: Tensor, row_sum: Tensor) -> Tensor:  # [N, V / 256]
+    """Log masses of `width` columns to the share of each MASS_TILE columns in its row."""
+    group = MASS_TILE // width
+    padded = torch.nn.functional.pad(logs, (0, -logs.shape[1] % group), value=float("-inf"))
+    shares = torch.exp(padded - (row_max + row_sum.log())[:, None])
+    return shares.view(len(logs), -1, group).sum(-1)
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As the matmuls want them. The interpreter truncates bf16 stores, and the CPU has no float32-out matmul of bf16."""
+    if INTERPRETED and hidden.dtype.itemsize < 4:
+        return hidden.float(), weight.float()
+    return hidden, weight
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -114,13 +249,35 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _tile_shape(hidden: Tensor, v: int, workspace_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile: a float32 logit and its dlogit in the matmul's dtype are held per cell."""
-    n = hidden.shape[0]
-    cells = workspace_bytes // (accumulator_dtype(hidden.dtype).itemsize + hidden.dtype.itemsize)
-    columns = min(v, max(cells // n, min(FEWEST_COLUMNS, int(cells**0.5)), 64))
-    rows = min(n, max(cells // columns, 64))
-    return rows, columns
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _adds_in_float32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _matmul(a, b)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's addmm adds low-precision products to a float32 matrix; early ones with out_dtype refuse."""
+    square = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(square.float(), square, square, out_dtype=torch.float32, out=square.float())
+    except RuntimeError:
+        return False
+    return True
+
+
+def _tile(hidden: Tensor, v: int, workspace_bytes: int, *, slices: int) -> tuple[int, int]:
+    """Rows and columns of a tile. A cell holds a float32 logit and a value in the matmul's dtype; once rows are cut,
+    `slices` float32 rows of dW a column are held as well."""
+    n, d = hidden.shape
+    item = accumulator_dtype(hidden.dtype).itemsize
+    cell = item + (hidden.dtype.itemsize if hidden.dtype.itemsize < item else 0)
+    columns = min(v, max(workspace_bytes // (cell * n), FEWEST_COLUMNS))
+    return tile_shape(n, columns, workspace_bytes, cell=cell, column=item * d * slices, whole_rows=n)
 
 
 def backward(
@@ -132,33 +289,37 @@ def backward(
     need: HeadNeed,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
-    if INTERPRETED and hidden.dtype.itemsize < 4:  # the interpreter truncates bf16 stores, the CPU has no out_dtype
-        hidden, weight = hidden.float(), weight.float()
+    hidden, weight = _operands(saved.hidden, saved.weight)
+    bias = saved.bias
     n, v = hidden.shape[0], weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(saved.weight, memory_format=torch.contiguous_format) if need.weight else None
     d_bias = torch.empty_like(bias) if need.bias else None
-    rows, columns = _tile_shape(hidden, v, workspace_bytes)
+    rows, columns = _tile(hidden, v, workspace_bytes, slices=need.weight)
     for first in range(0, v, columns):
         chunk = weight[first : first + columns]
-        d_chunk, d_chunk_bias = None, None
+        d_chunk = d_weight[first : first + columns] if need.weight else None
+        # One tile of all rows writes its slice of dW in place; cut rows are added up in float32 first.
+        total = None
+        if need.weight and not (rows == n and d_chunk.dtype == hidden.dtype):
+            total = hidden.new_zeros(chunk.shape, dtype=dtype)
+        total_bias = hidden.new_zeros(chunk.shape[0], dtype=dtype) if need.bias else None
         for top in range(0, n, rows):
             block = slice(top, min(top + rows, n))
             dz = _dlogits(hidden[block], chunk, first, grad_logps, grad_entropy, saved, spec, block)
             if need.hidden:
-                d_hidden[block] += _matmul(dz, chunk)
-            if need.weight:
-                part = _matmul(dz.T, hidden[block])
-                d_chunk = part if d_chunk is None else d_chunk.add_(part)
+                _accumulate(d_hidden[block], dz, chunk)
+            if total is not None:
+                _accumulate(total, dz.T, hidden[block])
+            elif need.weight:
+                torch.mm(dz.T, hidden, out=d_chunk)
             if need.bias:
-                part = dz.sum(0, dtype=dtype)
-                d_chunk_bias = part if d_chunk_bias is None else d_chunk_bias.add_(part)
-        if need.weight:
-            d_weight[first : first + columns] = d_chunk
+                total_bias += dz.sum(0, dtype=dtype)
+        if total is not None:
+            d_chunk.copy_(total)
         if need.bias:
-            d_bias[first : first + columns] = d_chunk_bias
+            d_bias[first : first + columns] = total_bias
     return None if d_hidden is None else d_hidden.to(saved.hidden.dtype), d_weight, d_bias
 
 
@@ -197,7 +358,7 @@ def _dlogits(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         HAS_GRAD_ENTROPY=grad_entropy is not None,
-        num_warps=config.num_warps,
+        **_launch(config),
         **_constants(spec, saved.bias),
     )
     return dz
