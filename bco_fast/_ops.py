@@ -36,7 +36,7 @@ _LIBRARY.define(
 
 
 @functools.cache
-def _backend(name: str):
+def load_backend(name: str):
     return importlib.import_module(f"._backends.{_MODULES[name]}", __package__)
 
 
@@ -45,7 +45,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """The backend that `name` means on this device; `auto` says once what it chose."""
     if name == "triton":
         try:
-            _backend("triton").check_device(device)
+            load_backend("triton").check_device(device)
         except ModuleNotFoundError as error:
             raise RuntimeError("backend='triton' needs the triton package: pip install triton") from error
     if name != "auto":
@@ -61,15 +61,17 @@ def _triton_supports(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int) -> None:
+def check_values(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, *, vocabulary: int
+) -> None:
     """Value checks, on CPU tensors only: on a GPU each would stall the stream, so there NaN propagates instead."""
     if hidden.device.type != "cpu":
         return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"targets[{row}] is {int(targets[row])}: outside the vocabulary [0, {weight.shape[0]}) and not "
+            f"targets[{row}] is {int(targets[row])}: outside the vocabulary [0, {vocabulary}) and not "
             f"ignore_index ({ignore_index})"
         )
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -80,21 +82,21 @@ def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         raise ValueError(f"bias has NaN or +inf at token {int((~(bias < float('inf'))).nonzero()[0])}")
 
 
-def _kept_rows(wanted: Tensor) -> Tensor | None:
+def kept_rows(wanted: Tensor) -> Tensor | None:
     """Indices of the wanted rows, or None when all are."""
     rows = wanted.nonzero()[:, 0]
     return None if len(rows) == len(wanted) else rows
 
 
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
+def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor.index_select(0, rows)
 
 
-def _spread(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
+def spread(values: Tensor, rows: Tensor | None, n: int) -> Tensor:
     return values if rows is None else values.new_zeros((n, *values.shape[1:])).index_copy_(0, rows, values)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     # An expanded row has stride 0 and a transposed one stride N; kernels and oneDNN want rows that lie in memory.
     return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
@@ -118,10 +120,10 @@ def _linear_logps(
     With a frozen head d logp / d hidden can be had in the forward, and the backward is one multiplication.
     """
     backend = resolve_backend(backend, hidden.device)
-    _check_values(hidden, weight, targets, bias, ignore_index)
+    check_values(hidden, weight, targets, bias, ignore_index, vocabulary=weight.shape[0])
     n = hidden.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
-    rows = _kept_rows(targets != ignore_index)
+    rows = kept_rows(targets != ignore_index)
     if n == 0 or (rows is not None and len(rows) == 0):
         zeros = [hidden.new_zeros(n, dtype=dtype) for _ in range(4)]
         empty = hidden.new_zeros(0, dtype=dtype)
@@ -132,10 +134,10 @@ def _linear_logps(
             zeros[3],
             torch.zeros_like(hidden) if frozen else hidden.new_zeros(0),
         )
-    out = _backend(backend).forward(
-        _unit_stride(_take(hidden, rows)),
-        _unit_stride(weight),
-        _take(targets, rows).contiguous(),
+    out = load_backend(backend).forward(
+        unit_stride(take(hidden, rows)),
+        unit_stride(weight),
+        take(targets, rows).contiguous(),
         None if bias is None else bias.contiguous(),
         HeadSpec(logit_scale, softcap, temperature),
         entropy=entropy,
@@ -143,11 +145,11 @@ def _linear_logps(
         workspace_bytes=workspace_bytes,
     )
     return (
-        _spread(out.logps, rows, n),
-        hidden.new_zeros(0, dtype=dtype) if out.entropy is None else _spread(out.entropy, rows, n),
-        _spread(out.row_max, rows, n),
-        _spread(out.row_sum, rows, n),
-        hidden.new_zeros(0) if out.direction is None else _spread(out.direction, rows, n),
+        spread(out.logps, rows, n),
+        hidden.new_zeros(0, dtype=dtype) if out.entropy is None else spread(out.entropy, rows, n),
+        spread(out.row_max, rows, n),
+        spread(out.row_sum, rows, n),
+        hidden.new_zeros(0) if out.direction is None else spread(out.direction, rows, n),
     )
 
 
@@ -194,7 +196,7 @@ def _linear_logps_backward(
     moves = grad_logps != 0
     if grad_entropy is not None:
         moves |= grad_entropy != 0
-    rows = _kept_rows((targets != ignore_index) & moves)
+    rows = kept_rows((targets != ignore_index) & moves)
     nothing = hidden.new_zeros(0)
     if n == 0 or (rows is not None and len(rows) == 0):
         return (
@@ -203,25 +205,25 @@ def _linear_logps_backward(
             torch.zeros_like(bias) if need_bias else nothing.clone(),
         )
     saved = HeadSaved(
-        _unit_stride(_take(hidden, rows)),
-        _unit_stride(weight),
-        _take(targets, rows).contiguous(),
+        unit_stride(take(hidden, rows)),
+        unit_stride(weight),
+        take(targets, rows).contiguous(),
         None if bias is None else bias.contiguous(),
-        _take(logps, rows),
-        _take(row_max, rows),
-        _take(row_sum, rows),
-        _take(entropy, rows) if grad_entropy is not None else None,
+        take(logps, rows),
+        take(row_max, rows),
+        take(row_sum, rows),
+        take(entropy, rows) if grad_entropy is not None else None,
     )
-    d_hidden, d_weight, d_bias = _backend(resolve_backend(backend, hidden.device)).backward(
-        _take(grad_logps, rows).contiguous(),
-        None if grad_entropy is None else _take(grad_entropy, rows).contiguous(),
+    d_hidden, d_weight, d_bias = load_backend(resolve_backend(backend, hidden.device)).backward(
+        take(grad_logps, rows).contiguous(),
+        None if grad_entropy is None else take(grad_entropy, rows).contiguous(),
         saved,
         HeadSpec(logit_scale, softcap, temperature),
         need=HeadNeed(need_hidden, need_weight, need_bias),
         workspace_bytes=workspace_bytes,
     )
     return (
-        nothing if d_hidden is None else _spread(d_hidden, rows, n),
+        nothing if d_hidden is None else spread(d_hidden, rows, n),
         nothing.clone() if d_weight is None else d_weight,
         nothing.clone() if d_bias is None else d_bias,
     )
@@ -292,7 +294,7 @@ def linear_logps(
     if backend == "reference":
         from ._backends import reference
 
-        _check_values(hidden, weight, targets, bias, ignore_index)
+        check_values(hidden, weight, targets, bias, ignore_index, vocabulary=weight.shape[0])
         logps, h = reference.linear_logps(hidden, weight, targets, bias, spec, ignore_index=ignore_index)
         return logps, h if entropy else None
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)

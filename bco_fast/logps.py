@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from . import _ops
 from ._backends import HeadSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,6 +46,7 @@ def fused_linear_logps(
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
     stats: HeadStats | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under an lm-head, without the [tokens, vocabulary] logits.
 
@@ -70,6 +75,9 @@ def fused_linear_logps(
             float32 copy of hidden comes on top.
         sparse_tolerance: 0.0, the dense and exact backward, is the only value of this version.
         stats: filled in by the backward.
+        process_group: the vocabulary is sharded over its ranks: weight and bias hold this rank's rows, in rank order
+            and of any sizes that stay the same; hidden and targets are the same on all ranks, and so are the results
+            and the gradient of hidden. One all-gather of 4 numbers a token, one all-reduce of d hidden.
 
     Returns:
         logps, in nats, the shape of targets; float32 (float64 for float64 inputs). With `return_entropy`
@@ -88,7 +96,13 @@ def fused_linear_logps(
         bias = None if bias is None else bias.to(lower)
     _check_tensors(hidden, weight, targets, bias)
     spec = _check_options(logit_scale, softcap, temperature, backend, workspace_bytes, sparse_tolerance)
-    logps, entropy = _ops.linear_logps(
+    if process_group is None:
+        linear_logps = _ops.linear_logps
+    else:
+        from . import _parallel
+
+        linear_logps = functools.partial(_parallel.linear_logps, group=process_group)
+    logps, entropy = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1).long(),

@@ -20,7 +20,8 @@ ARROWS = {
     "_backends/chunked": {"torch", "_backends"},
     "_backends/triton": {"torch", "triton", "kernels", "_backends"},
     "_ops": {"torch", "_backends"},
-    "logps": {"torch", "_ops", "_backends"},
+    "_parallel": {"torch", "_ops", "_backends"},
+    "logps": {"torch", "_ops", "_parallel", "_backends"},
     "reward_shift": {"torch"},
     "metrics": {"torch"},
     "losses": {"torch", "metrics", "reward_shift"},
@@ -53,7 +54,7 @@ def _imports(path: Path):
                     is_module = (path.parent / f"{alias.name}.py").exists()
                     yield (
                         alias.name
-                        if is_module or (depth == 1 and alias.name == "_ops")
+                        if is_module or (depth == 1 and alias.name in ("_ops", "_parallel"))
                         else path.parent.name
                         if depth > 1
                         else "__init__"
