@@ -52,15 +52,16 @@ def dlogits_kernel(
     b_sum = tl.load(row_sum_ptr + o_n, mask=m_n, other=1.0)[:, None]
     b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)[:, None]
-    b_e = guarded_exp(b_z, b_max)
-    # As p_y -> 1 the target's 1 - p_y must come from the forward's own logp: the tile was rounded by another matmul,
-    # and the difference of nearly equal numbers would be all rounding.
-    b_logp_y = tl.load(logp_ptr + o_n, mask=m_n, other=0.0)
-    b_dz = tl.where(o_v[None, :] == b_target, one_minus_exp(b_logp_y)[:, None], -(b_e / b_sum)) * b_c
+    # At the target everything comes from the forward's own logp: this tile was rounded by another matmul, and as
+    # p_y -> 1 the difference 1 - p_y of nearly equal numbers would be all rounding.
+    b_logp_y = tl.load(logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
+    m_y = o_v[None, :] == b_target
+    b_p = tl.where(m_y, tl.exp(b_logp_y), guarded_exp(b_z, b_max) / b_sum)
+    b_dz = tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c
     if HAS_GRAD_ENTROPY:
         b_g = tl.load(grad_entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
         b_entropy = tl.load(entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
-        b_logp = tl.where(b_e == 0.0, 0.0, b_z - b_max) - tl.log(b_sum)
-        b_dz -= b_g * (b_e / b_sum) * (b_logp + b_entropy)
+        b_logp = tl.where(m_y, b_logp_y, b_z - b_max - tl.log(b_sum))
+        b_dz -= tl.where(b_p == 0.0, 0.0, b_g * b_p * (b_logp + b_entropy))
     b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)
     tl.store(out_ptr + o_n[:, None] * stride_on + o_c[None, :], b_dz.to(out_ptr.dtype.element_ty), mask=m_tile)

@@ -45,15 +45,20 @@ def logits_tile(
 
 
 @triton.jit
-def tanh(x):
-    """tanh from exp. Below 0.25 the quotient cancels, so an odd polynomial takes over (1e-8 relative)."""
+def tanh_and_slope(x):
+    """tanh x and 1 - tanh^2 x from e = exp(-2|x|), neither by a difference that cancels.
+
+    Below 0.25 the quotient (1 - e) / (1 + e) would, so an odd polynomial takes over (1e-8 relative); the slope is
+    4e / (1 + e)^2 everywhere.
+    """
     e = tl.exp(-2.0 * tl.abs(x))
     quotient = (1.0 - e) / (1.0 + e)
     x2 = x * x
     series = 1.0 + x2 * (
         -0.3333333333333333 + x2 * (0.13333333333333333 + x2 * (-0.05396825396825397 + x2 * 0.021869488536155203))
     )
-    return tl.where(x2 < 0.0625, x * series, tl.where(x < 0, -quotient, quotient))
+    value = tl.where(x2 < 0.0625, x * series, tl.where(x < 0, -quotient, quotient))
+    return value, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -77,9 +82,8 @@ def finish_logits(
     b_z = b_z * LOGIT_SCALE
     b_slope = tl.full(b_z.shape, 1.0, b_z.dtype)
     if HAS_SOFTCAP:
-        b_t = tanh(b_z * (1.0 / SOFTCAP))
+        b_t, b_slope = tanh_and_slope(b_z * (1.0 / SOFTCAP))
         b_z = b_t * SOFTCAP
-        b_slope = 1.0 - b_t * b_t
     b_z = b_z * (1.0 / TEMPERATURE)
     # The mask comes last: a bias or softcap on a masked logit would make it finite again.
     b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))

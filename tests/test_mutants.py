@@ -1,0 +1,97 @@
+"""25 kernels broken by hand, each as someone might break it: the tests must catch every one.
+
+A mutant is a copy of the package with one line changed; `test_logps.py` runs on it and must fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAD, FOLD, BACK, TILES = (
+    "kernels/head_logps.py",
+    "kernels/fold_logits.py",
+    "kernels/head_backward.py",
+    "kernels/tiles.py",
+)
+CHUNKED, LAUNCH = "bco_fast/_backends/chunked.py", "bco_fast/_backends/triton.py"
+
+MUTANTS = {
+    "vocabulary mask dropped": (TILES, 'b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))', "b_z = b_z"),
+    "vocabulary mask off by one": (TILES, "tl.where((o_v < V)[None, :], b_z", "tl.where((o_v <= V)[None, :], b_z"),
+    "last block of D skipped": (TILES, "for start in range(0, D, BLOCK_D):", "for start in range(0, D - BLOCK_D + 1, BLOCK_D):"),
+    "mask of D dropped": (TILES, "m_d = o_d < D - start", "m_d = o_d < D"),
+    "accumulator restarted": (TILES, "tl.dot(b_hidden, b_weight, b_acc,", "tl.dot(b_hidden, b_weight, b_acc * 0,"),
+    "strides swapped": (TILES, "o_hidden = o_n[:, None] * stride_hn", "o_hidden = o_n[:, None] * stride_wv"),
+    "bias after the scale": (TILES, "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]", "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :] / LOGIT_SCALE"),
+    "temperature forgotten": (TILES, "b_z = b_z * (1.0 / TEMPERATURE)", "b_z = b_z * 1.0"),
+    "softcap slope is 1": (TILES, "return value, 4.0 * e / ((1.0 + e) * (1.0 + e))", "return value, 0.0 * e + 1.0"),
+    "half-precision accumulator": (TILES, "    return b_acc\n", "    return b_acc.to(tl.float16).to(ACC)\n"),
+    "running sum not rescaled": (HEAD, "b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)", "b_sum = b_sum + tl.sum(b_e, axis=1)"),
+    "maximum forgotten": (HEAD, "b_new = tl.maximum(b_max, tl.max(b_z, axis=1))", "b_new = tl.max(b_z, axis=1)"),
+    "last block of a range skipped": (HEAD, "tl.minimum(SPLIT, V - first_column), BLOCK_V):", "tl.minimum(SPLIT, V - first_column) - BLOCK_V, BLOCK_V):"),
+    "entropy sum not moved": (HEAD, "b_u = b_shrink * (b_u + moved * b_sum)", "b_u = b_shrink * b_u"),
+    "splits not rescaled": (HEAD, "b_sum += b_part_sum * b_shrink", "b_sum += b_part_sum"),
+    "foreign target not NaN": (HEAD, 'b_logp = tl.where((b_target >= 0) & (b_target < V), b_logp, float("nan"))', "b_logp = b_logp"),
+    "fold keeps the old maximum": (FOLD, "b_shrink = guarded_exp(b_old, b_max)", "b_shrink = guarded_exp(b_old, b_old)"),
+    "fold leaves the target in": (FOLD, "b_out = tl.where(m_y, 0.0, b_e * b_slope)", "b_out = b_e * b_slope"),
+    "gradient of the target dropped": (BACK, "b_dz = tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c", "b_dz = -b_p * b_c"),
+    "1 - p from this tile": (BACK, "tl.where(m_y, one_minus_exp(b_logp_y), -b_p)", "tl.where(m_y, 1.0 - guarded_exp(b_z, b_max) / b_sum, -b_p)"),
+    "scale missing in the gradient": (BACK, "b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)", "b_dz = b_dz * b_slope"),
+    "entropy gradient without H": (BACK, "b_g * b_p * (b_logp + b_entropy)", "b_g * b_p * b_logp"),
+    "chunk offset forgotten": (LAUNCH, "FIRST=first,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),", "FIRST=0,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),"),
+    "hidden gradient overwritten": (CHUNKED, "d_hidden[rows] += matmul(dz, chunk)", "d_hidden[rows] = matmul(dz, chunk)"),
+    "weight gradient of the last rows only": (CHUNKED, "d_chunk = part if d_chunk is None else d_chunk.add_(part)", "d_chunk = part"),
+}  # fmt: skip
+
+
+def test_there_are_25_and_each_changes_one_place():
+    assert len(MUTANTS) == 25
+    for name, (file, old, new) in MUTANTS.items():
+        assert (ROOT / file).read_text().count(old) == 1, name
+        assert old != new
+
+
+def _caught(tmp_path: Path, file: str, old: str, new: str) -> bool:
+    for folder in ("bco_fast", "kernels", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    target = tmp_path / file
+    target.write_text(target.read_text().replace(old, new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_logps.py",
+        "-k",
+        "not gradcheck",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}"}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    assert "error" not in run.stdout.splitlines()[-1], run.stdout  # a mutant that does not even import proves nothing
+    return run.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["vocabulary mask dropped", "gradient of the target dropped"])
+def test_a_mutant_is_caught(tmp_path, name):
+    assert _caught(tmp_path, *MUTANTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_caught(tmp_path, name):
+    assert _caught(tmp_path, *MUTANTS[name])
+
+
+@pytest.mark.slow
+def test_the_unbroken_kernels_pass(tmp_path):
+    assert not _caught(tmp_path, HEAD, "no such line", "no such line")
