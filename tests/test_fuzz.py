@@ -1,6 +1,8 @@
 """Seeded random cases: every output and gradient within 2x plain PyTorch's error + 4 eps, both against float64.
 
-See `heads.check` for `orders`: what plain PyTorch's error is where a few lucky numbers decide it.
+On a few numbers plain PyTorch's error is partly luck: with the columns of hidden and weight in another order it breaks
+this bound against itself in 14 of 2,000 cases. So the bound for gradients is that of `check(recomputed=True)`, none may
+be outside it, and how many break the strict one is counted, printed and limited.
 """
 
 import random
@@ -38,18 +40,20 @@ def _fuzz(seed: int) -> tuple[dict, str, dict]:
 
 
 def _check(seeds, backend) -> None:
-    ratios, failures = [], []
+    ratios, failures, broken = [], [], 0
     for seed in seeds:
         made, dtype, extra = _fuzz(seed)
         try:
-            ratios += check(case(**made), backend, dtype, orders=8, **extra).values()
+            found = check(case(**made), backend, dtype, recomputed=True, **extra).values()
         except AssertionError as error:
             failures.append(f"seed {seed} {made} {dtype} {extra}: {error}")
-    lucky = sum(r > 2 for r in ratios)
-    finite = [r for r in ratios if r < 1e6]  # plain PyTorch is exact in some cases; there the 4 eps decide
-    quantiles = f"p50 {np.median(finite):.2f}, p99 {np.quantile(finite, 0.99):.2f}, max {max(finite):.2f}"
-    print(f"\n{backend}: {len(seeds)} cases, {len(ratios)} tensors, error ratio {quantiles}; above 2: {lucky}")
+            continue
+        ratios += found
+        broken += max(found) > 2
+    quantiles = f"p50 {np.median(ratios):.2f}, p99 {np.quantile(ratios, 0.99):.2f}, max {max(ratios):.2f}"
+    print(f"\n{backend}: {len(seeds)} cases, error ratio beyond 4 eps {quantiles}; strict bound broken in {broken}")
     assert not failures, f"{len(failures)} of {len(seeds)}: {failures[:3]}"
+    assert broken <= 0.05 * len(seeds)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

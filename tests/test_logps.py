@@ -241,7 +241,7 @@ def test_the_same_bits_every_time_and_from_another_thread(backend):
     "options", ["everything", *(pytest.param(o, marks=pytest.mark.slow) for o in ("plain", "softcap"))]
 )
 def test_gradcheck(backend, bias, entropy, options):
-    c = case(6, 11, 5, bias=bias, entropy=entropy, ignored=0.2, options=options)
+    c = case(4, 7, 3, seed=1, bias=bias, entropy=entropy, ignored=0.2, options=options)
     inputs = [t.clone().requires_grad_() for t in (c.hidden, c.weight, c.bias) if t is not None]
 
     def call(hidden, weight, bias=None):

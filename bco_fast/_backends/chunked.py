@@ -20,8 +20,9 @@ from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, ass
 CPU_COLUMNS = 1024
 CPU_TILE_BYTES = 8 << 20
 GPU_COLUMNS = 4096
-# Below this MKL is faster, and its dot products are the more accurate ones.
-ONEDNN_SMALLEST = 16
+# Below this MKL is faster, and its dot products are the more accurate ones. Rows do not count: the backward may see
+# fewer than the forward, and must round the same way.
+ONEDNN_FEWEST_COLUMNS = 16
 
 
 def _tile(hidden: Tensor, weight: Tensor, workspace_bytes: int, tiles: int) -> tuple[int, int]:
@@ -66,7 +67,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         a = a.to(b.dtype)
     if a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if _onednn(a) and min(a.shape[0], b.shape[1]) >= ONEDNN_SMALLEST:
+    if _onednn(a) and b.shape[1] >= ONEDNN_FEWEST_COLUMNS:
         return torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
     return a @ b
 
