@@ -6,6 +6,8 @@
 Most valuable first; every finished case is written at once, a case that fails is reported with its error, and a second
 run takes up where the first one stopped. Times are medians of calls that take turns; each shape also times the bare
 matmul, so that a share of the machine's own rate can be given. Errors are per-token log-probabilities against float64.
+Peers run as installed from their own packages (trl, liger-kernel, cut-cross-entropy); one that is missing or fails is a
+row that says so. `triton fused` and `triton fold` are the two forwards of the triton backend.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import argparse
 import gc
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from common import environment, interleaved, peak_rss, reset_peak_rss, save, summary, table
 
 from bco_fast import fused_linear_logps
+from bco_fast.kernels import configs
 
 SHAPES = {  # N tokens, D, V, softcap
     "Llama-3.2-1B": (8192, 2048, 128256, None),
@@ -49,10 +54,38 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return torch.log_softmax(logits.float(), -1).gather(1, self.targets[:, None])[:, 0]
 
-    def ours(self, backend: str):
-        return lambda hidden, weight: fused_linear_logps(
-            hidden, weight, self.targets, softcap=self.softcap, backend=backend
-        )
+    def ours(self, backend: str, method: str | None = None):
+        def logps(hidden, weight):
+            with mock.patch.object(configs, "forward_method", return_value=method) if method else nullcontext():
+                return fused_linear_logps(hidden, weight, self.targets, softcap=self.softcap, backend=backend)
+
+        return logps
+
+    def trl(self):
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        def logps(hidden, weight):
+            return ChunkedLogProbFunction.apply(hidden, weight, None, self.targets, 1.0, 8192, self.softcap, 1.0, ())[0]
+
+        return logps
+
+    def cut_cross_entropy(self):
+        from cut_cross_entropy import linear_cross_entropy
+
+        def logps(hidden, weight):
+            options = {"softcap": self.softcap, "reduction": "none", "filter_eps": None}  # exact: nothing is dropped
+            return -linear_cross_entropy(hidden, weight, self.targets, **options)
+
+        return logps
+
+    def liger(self):
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        def logps(hidden, weight):  # one sum: its backward takes no per-token gradient
+            out = Liger.apply(hidden, weight, self.targets, None, None, -100, 0.0, 0.0, "sum", self.softcap)
+            return -(out[0] if isinstance(out, tuple) else out)[None]
+
+        return logps
 
     def step(self, logps, mode: str, *, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         if mode == "forward":
@@ -61,7 +94,7 @@ class Head:
         hidden = self.hidden.detach().requires_grad_()
         weight = self.weight.detach().requires_grad_(mode == "trainable")
         out = logps(hidden, weight)
-        (out * self.upstream).sum().backward()
+        (out * self.upstream[: len(out)]).sum().backward()
         grads = {"d_hidden": hidden.grad} | ({"d_weight": weight.grad} if mode == "trainable" else {})
         return {"logps": out.detach()} | grads
 
@@ -107,10 +140,18 @@ def peak_bytes(step, cuda: bool) -> int:
 def run_case(shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     cuda = device == "cuda"
     head = Head(shape, device, dtype)
-    functions = {"plain": head.plain, "torch": head.ours("torch")} | ({"triton": head.ours("triton")} if cuda else {})
+    functions = {"plain": head.plain, "torch": head.ours("torch")}
+    if cuda:
+        functions |= {f"triton {method}": head.ours("triton", method) for method in ("fused", "fold")}
     common = {"benchmark": "gpu_suite", "shape": shape_name, "mode": mode, "dtype": str(dtype).removeprefix("torch.")}
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
+    missing = {}
+    for name, peer in (("trl", head.trl), ("cut_cross_entropy", head.cut_cross_entropy), ("liger", head.liger)):
+        try:
+            functions[name] = peer()
+        except ImportError as error:
+            missing[name] = f"missing: {error}"
     for name, logps in functions.items():
         row = {**common, "case": name}
         rows.append(row)
@@ -118,12 +159,13 @@ def run_case(shape_name: str, shape: tuple, mode: str, device: str, dtype: torch
             row["extra_mb"] = round(peak_bytes(lambda f=logps: head.step(f, mode), cuda) / 1e6, 1)
             outputs[name] = head.step(logps, mode)
             cases[name] = lambda f=logps: head.step(f, mode)
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # shown, never skipped
-            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        except Exception as error:  # whatever a peer raises is its row; shown, never skipped
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    rows += [{**common, "case": name, "error": reason} for name, reason in missing.items()]
     checked = min(CHECKED_ROWS, shape[0])
     exact = truth(head, checked)
     for row in rows:
-        if row["case"] in outputs:
+        if row["case"] in outputs and outputs[row["case"]]["logps"].shape == head.targets.shape:
             error = outputs[row["case"]]["logps"][:checked].double() - exact
             row |= {"logp_rms_error": float(error.square().mean().sqrt()), "logp_max_error": float(error.abs().max())}
             if row["case"] != "plain" and "plain" in outputs:

@@ -17,14 +17,18 @@ def test_the_gpu_suite_runs_small_on_the_cpu(tmp_path):
     result = json.loads((tmp_path / "gpu_suite.json").read_text())
     assert result["environment"]["torch"]
     rows = result["rows"]
-    assert {(r["mode"], r["case"]) for r in rows} == {
+    missing = [r for r in rows if "error" in r]
+    assert all(
+        r["error"].startswith("missing: ") and r["case"] in ("trl", "liger", "cut_cross_entropy") for r in missing
+    )
+    rows = [r for r in rows if "error" not in r]
+    assert {(r["mode"], r["case"]) for r in rows} >= {
         (m, c) for m in ("forward", "trainable", "frozen") for c in ("plain", "torch")
     }
-    assert not any("error" in r for r in rows)
     assert all(r["logp_rms_error"] < 1e-5 and r["median_s"] > 0 for r in rows)
     assert all(r.get("d_hidden_vs_plain", 0) < 1e-4 for r in rows)
     again = subprocess.run(command, capture_output=True, text=True)
-    assert json.loads((tmp_path / "gpu_suite.json").read_text())["rows"] == rows, again.stderr
+    assert json.loads((tmp_path / "gpu_suite.json").read_text())["rows"] == result["rows"], again.stderr
 
 
 def _close(shown: str, stored: float) -> bool:
