@@ -1,8 +1,8 @@
-"""Seeded random cases: every output and gradient within 2x plain PyTorch's error + 4 eps, both against float64.
+"""Seeded random cases: every output and gradient against 2x plain PyTorch's error + 4 eps, both against float64.
 
-On a few numbers plain PyTorch's error is partly luck: with the columns of hidden and weight in another order it breaks
-this bound against itself in 14 of 2,000 cases. So the bound for gradients is that of `check(recomputed=True)`, none may
-be outside it, and how many break the strict one is counted, printed and limited.
+On few numbers plain PyTorch's error is partly luck: with the columns of hidden and weight in another order it leaves
+this bound against itself in 14 of 2,000 cases. So the share of cases outside is counted, printed and limited; none may
+be further out than rounding can explain.
 """
 
 import random
@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from heads import OPTIONS, case, check
+from heads import OPTIONS, case, errors, excess
 
 BACKENDS = ("torch", "triton", "triton fold")
 
@@ -39,30 +39,35 @@ def _fuzz(seed: int) -> tuple[dict, str, dict]:
     return shape | made, dtype, extra
 
 
-def _check(seeds, backend) -> None:
-    ratios, failures, broken = [], [], 0
+def _check(seeds, backend, most_outside: float) -> None:
+    ratios, outside, wrong = [], [], []
     for seed in seeds:
         made, dtype, extra = _fuzz(seed)
-        try:
-            found = check(case(**made), backend, dtype, recomputed=True, **extra).values()
-        except AssertionError as error:
-            failures.append(f"seed {seed} {made} {dtype} {extra}: {error}")
-            continue
-        ratios += found
-        broken += max(found) > 2
+        found = errors(case(**made), backend, dtype, **extra)
+        worst = [excess(*pair, dtype) for pair in found.values()]
+        ratios += worst
+        if max(worst) > 2:
+            outside.append(seed)
+        for name, (error, allowed) in found.items():
+            if not error <= 2 * allowed + 1e-4:  # beyond any luck of rounding
+                wrong.append(f"seed {seed} {made} {dtype} {extra}: {name}: {error:.2e}, plain PyTorch {allowed:.2e}")
     quantiles = f"p50 {np.median(ratios):.2f}, p99 {np.quantile(ratios, 0.99):.2f}, max {max(ratios):.2f}"
-    print(f"\n{backend}: {len(seeds)} cases, error ratio beyond 4 eps {quantiles}; strict bound broken in {broken}")
-    assert not failures, f"{len(failures)} of {len(seeds)}: {failures[:3]}"
-    assert broken <= 0.05 * len(seeds)
+    print(f"\n{backend}: {len(seeds)} cases, error beyond 4 eps over plain's: {quantiles}; outside 2x: {len(outside)}")
+    assert not wrong, wrong[:3]
+    assert len(outside) <= most_outside * len(seeds), outside
+
+
+# The fused forward and the backward round the same logits by different matmuls; fold and torch by the same one.
+MOST_OUTSIDE = {"torch": 0.02, "triton": 0.05, "triton fold": 0.02}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fuzz(backend):
-    _check(range(60), backend)
+    _check(range(60), backend, MOST_OUTSIDE[backend])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fuzz_two_thousand(backend):
-    _check(range(2000), backend)
+    _check(range(2000), backend, MOST_OUTSIDE[backend])
