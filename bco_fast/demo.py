@@ -172,18 +172,17 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
 
-    say = _say
-    say(f"[1/4] fine-tune a {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M Llama on noisy demonstrations")
+    _say(f"[1/4] fine-tune a {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M Llama on noisy demonstrations")
     fine_tune(model, tokenizer, prompts, rng)
     model.save_pretrained(output_dir / "sft")
     tokenizer.save_pretrained(output_dir / "sft")
 
-    say("[2/4] let it answer, give thumbs up and down by the rule")
+    _say("[2/4] let it answer, give thumbs up and down by the rule")
     judge(model, tokenizer, prompts, seed + 1, samples=12).write(output_dir / "feedback.jsonl")
     judge(model, tokenizer, held_out, seed + 2, samples=4).write(output_dir / "held_out.jsonl")
     before = judge(model, tokenizer, held_out, seed + 3, samples=8).share
 
-    say("[3/4] reference log-probabilities once, then BCO")
+    _say("[3/4] reference log-probabilities once, then BCO")
     config = FeedbackConfig(
         output_dir=str(output_dir / "bco"),
         cache_dir=str(output_dir / "cache"),
@@ -206,7 +205,7 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     )
     summary = run_training(model, tokenizer, config, train_set, eval_set, start=start)
 
-    say("[4/4] let it answer again, on prompts it was never trained on")
+    _say("[4/4] let it answer again, on prompts it was never trained on")
     after = judge(model, tokenizer, held_out, seed + 3, samples=8).share
     history = json.loads((output_dir / "bco" / "trainer_state.json").read_text())["log_history"]
     plot(history, output_dir / "rewards.png")
@@ -216,7 +215,7 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    say(
+    _say(
         f"\n{'held-out prompts':34}{'before':>8}{'after':>8}\n"
         f"{'completions that deserve thumbs up':34}{before:8.1%}{after:8.1%}\n"
         f"{'reward margin':34}{0:8.2f}{summary['held_out_margin']:8.2f}\n"

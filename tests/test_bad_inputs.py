@@ -33,7 +33,7 @@ BAD = {
     "target 2^63 - 1": (_targets(0, 0, 2**63 - 1), IndexError, r"targets\[2\] is 9223372036854775807"),
     "float targets": (_targets(0.0, 1.0, 2.0), TypeError, "targets must be int64 or int32"),
     "int8 targets": ({"targets": torch.zeros(2, 3, dtype=torch.int8)}, TypeError, "targets must be int64 or int32"),
-    "NaN in hidden": ({"hidden": NAN_ROW}, ValueError, "hidden has a value that is not finite, first in row 0"),
+    "NaN in hidden": ({"hidden": NAN_ROW}, ValueError, "hidden has a value that is not finite, first in row 1"),
     "Inf in hidden": ({"hidden": torch.full((2, 3, D), math.inf)}, ValueError, "hidden has a value that is not finite"),
     "NaN in weight": ({"lm_head_weight": torch.full((V, D), math.nan)}, ValueError, "weight has a value that is not finite"),
     "-Inf in weight": ({"lm_head_weight": torch.full((V, D), -math.inf)}, ValueError, "weight has a value that is not finite"),

@@ -283,6 +283,18 @@ def test_autocast_casts_both():
     assert torch.equal(logps, expected)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trainable", "frozen"])
+def test_ignored_rows_may_hold_anything(backend, frozen):
+    c = case(20, 60, 8)
+    clean = run(c, backend, torch.float32, frozen=frozen)
+    ignored = c.targets == -100
+    c.hidden[ignored] = float("nan")
+    for name, tensor in run(c, backend, torch.float32, frozen=frozen).items():
+        assert torch.equal(tensor, clean[name]), name
+    assert not clean["d_hidden"][ignored].any()
+
+
 def test_no_grad_keeps_nothing():
     c = case(8, 40, 16)
     with torch.no_grad():

@@ -18,7 +18,9 @@ def linear_logps(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """logp of the targets and entropy of every row, both [N] and 0 where ignored; autograd sees every step."""
-    logits = hidden.double() @ weight.double().T  # [N, V]
+    keep = targets != ignore_index
+    hidden64 = torch.where(keep[:, None], hidden, 0.0).double()  # padding may hold anything, NaN too
+    logits = hidden64 @ weight.double().T  # [N, V]
     if bias is not None:
         logits = logits + bias.double()
     logits = logits * spec.logit_scale
@@ -27,7 +29,6 @@ def linear_logps(
     logits = logits / spec.temperature
 
     log_probs = torch.log_softmax(logits, dim=-1)
-    keep = targets != ignore_index
     # -inf log-probabilities (a vocabulary masked by its bias) add 0 to the entropy, and 0 x -inf is NaN
     surprisal = torch.where(log_probs == float("-inf"), 0.0, log_probs)
     entropy = -(log_probs.exp() * surprisal).sum(-1)
