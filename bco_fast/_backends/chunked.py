@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
 
-# A tile of 1024 columns keeps the CPU's matmul at full speed; beyond 8 MiB it leaves the cache between its passes.
-CPU_COLUMNS = 1024
-CPU_TILE_BYTES = 8 << 20
+# 512 columns keep the CPU's matmul at full speed; a tile of 4 MiB stays in the cache between the passes over it.
+CPU_COLUMNS = 512
+CPU_TILE_BYTES = 4 << 20
 GPU_COLUMNS = 4096
 # Below this MKL is faster, and its dot products are the more accurate ones. Rows do not count: the backward may see
 # fewer than the forward, and must round the same way.
