@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -186,7 +186,6 @@ def encode_prompts(
     return encoded
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer,
@@ -226,24 +225,46 @@ def generate(
             "top_p": 1.0,
             "top_k": 50,
         }  # unused; the defaults warn least
-    device = next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    completions: list[Completion | None] = [None] * len(encoded)
-    training = model.training
+    drawn = draw(
+        model, encoded, order, options, batch_size=sampling.batch_size, seed=sampling.seed, progress=progress
+    )  # fmt: skip
+    return [_completion(tokenizer, ids, set(ends)) for ids in drawn]
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module,
+    encoded: Sequence[Sequence[int]],
+    order: Sequence[int],
+    options: Mapping[str, object],
+    *,
+    batch_size: int,
+    seed: int,
+    progress: bool = False,
+) -> list[list[int]]:
+    """What `model.generate` adds to each prompt, padding included; the global random state is left as it was.
+
+    Args:
+        encoded: prompts as token ids.
+        order: in which they are cut into batches; samples hang on it.
+        options: of `model.generate`, pad_token_id among them.
+    """
+    device, training = next(model.parameters()).device, model.training
+    drawn: list[list[int]] = [[] for _ in encoded]
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
-            for start in tqdm(range(0, len(order), sampling.batch_size), desc="generate", disable=not progress):
-                chosen = order[start : start + sampling.batch_size]
-                batch = _left_padded([encoded[i] for i in chosen], pad)
+            torch.manual_seed(seed)
+            for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress):
+                chosen = order[start : start + batch_size]
+                batch = _left_padded([encoded[i] for i in chosen], options["pad_token_id"])
                 tokens = model.generate(**{name: tensor.to(device) for name, tensor in batch.items()}, **options)
-                new = tokens[:, batch["input_ids"].shape[1] :].tolist()
-                for i, ids in zip(chosen, new, strict=True):
-                    completions[i] = _completion(tokenizer, ids, set(ends))
+                for i, ids in zip(chosen, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                    drawn[i] = ids
     finally:
         model.train(training)
-    return completions
+    return drawn
 
 
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:

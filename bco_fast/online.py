@@ -8,6 +8,7 @@ sampled by the policy as it stands, judged, kept as a feedback file, and trained
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
@@ -27,9 +28,11 @@ from .composition import mismatched
 from .config import FeedbackConfig, _option
 from .data import Example, FeedbackDataset, FeedbackError, collate
 from .files import atomic_text
-from .models import completion_logps, patch_model
+from .generation import GenerationError, draw, read_json_records
+from .models import patch_model
+from .references import token_logps
 from .rewards import RewardError, score
-from .trainer import FeedbackTrainer, _all_reduce, _Step
+from .trainer import FeedbackTrainer
 
 logger = logging.getLogger("bco_fast")
 
@@ -108,33 +111,11 @@ class HuggingFaceGenerator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
-        device, training = next(model.parameters()).device, model.training
         # Longest first: prompts of like length share a batch, and memory peaks in the first.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        completions: list[list[int]] = [[] for _ in prompts]
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed)
-                for start in range(0, len(order), self.batch_size):
-                    rows = order[start : start + self.batch_size]
-                    for i, tokens in zip(rows, self._batch(model, [prompts[i] for i in rows], device), strict=True):
-                        completions[i] = tokens
-        finally:
-            model.train(training)
-        return completions
-
-    def _batch(self, model: nn.Module, prompts: list[Sequence[int]], device: torch.device) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=self.pad, eos_token_id=self.eos, **self.options
-        )  # fmt: skip
-        return [_until_eos(row, self.eos) for row in out[:, width:].tolist()]
+        options = {"pad_token_id": self.pad, "eos_token_id": self.eos, **self.options}
+        drawn = draw(model, prompts, order, options, batch_size=self.batch_size, seed=seed)
+        return [_until_eos(tokens, self.eos) for tokens in drawn]
 
 
 def _until_eos(tokens: list[int], eos: int) -> list[int]:
@@ -149,10 +130,9 @@ def read_prompts(source: str | os.PathLike | Iterable[str | Mapping]) -> list[di
     """
     if isinstance(source, (str, os.PathLike)):
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError, RecursionError) as error:
-            raise FeedbackError(f"{source}: {error}") from None
+            records = [record for _, record in read_json_records(source)]
+        except GenerationError as error:
+            raise FeedbackError(str(error)) from None
     else:
         records = list(source)
     rows = [{"prompt": record} if isinstance(record, str) else record for record in records]
@@ -299,8 +279,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         if not indices:
             return indices, None
         batches = [self._prepare_inputs(self._batch(batch["row"].tolist())) for batch in indices]
-        counts = sum(self._counts(batch) for batch in batches).to(device)
-        return batches, _Step(batches, _all_reduce(counts))
+        return batches, self._whole_step(batches)
 
     def _batch(self, indices: list[int]) -> dict[str, Tensor]:
         args, items = self.args, []
@@ -308,15 +287,13 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             number, place = divmod(index, self.round_rows * args.replay_epochs)
             epoch, place = divmod(place, self.round_rows)
             dataset = self._round_dataset(number)
-            order = list(range(self.round_rows))
-            random.Random(f"{args.seed}/{number}/{epoch}").shuffle(order)  # noqa: S311 - an order of rows
-            items.append(dataset[order[place]])
+            items.append(dataset[_shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows)[place]])
         return collate(items, self.pad_token_id)
 
     def _round_dataset(self, number: int) -> FeedbackDataset:
         if self._round is not None and self._round[0] == number:
             return self._round[1]
-        judged, whole = self._folder / f"round-{number:05d}.jsonl", None
+        judged = self._folder / f"round-{number:05d}.jsonl"
         if judged.is_file():
             whole = _read(judged)
         else:
@@ -355,9 +332,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         chosen = []
         for place in range(number * count, (number + 1) * count):
             turn, at = divmod(place, len(self.prompts))
-            order = list(range(len(self.prompts)))
-            random.Random(f"{self.args.seed}/prompts/{turn}").shuffle(order)  # noqa: S311 - an order of rows
-            chosen.append(self.prompts[order[at]])
+            chosen.append(self.prompts[_shuffled(f"{self.args.seed}/prompts/{turn}", len(self.prompts))[at]])
         return [prompt for prompt in chosen for _ in range(self.args.samples_per_prompt)]
 
     def _sample(self, prompts: list[tuple[dict, list[int]]], number: int) -> list[_Sampled]:
@@ -456,10 +431,8 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
-            batch = self._prepare_inputs(collate([(example, 0.0) for example in part], self.pad_token_id))
             with self.compute_loss_context_manager():
-                logps = completion_logps(model, batch).float().cpu().numpy()
-            values += [row[e.completion_start - 1 : len(e) - 1] for row, e in zip(logps, part, strict=True)]
+                values += token_logps(model, part, self.pad_token_id)
         model.train(training)
         return values
 
@@ -494,6 +467,14 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         return metrics
 
 
+@functools.lru_cache(maxsize=4)
+def _shuffled(seed: str, count: int) -> list[int]:
+    """An order of `count` rows; asked for once a row, so the last few are kept."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)  # noqa: S311 - an order of rows, not a secret
+    return order
+
+
 def _write(path: Path, rows: list[_Sampled], as_record: Callable[[_Sampled], dict]) -> None:
     with atomic_text(path) as file:
         file.writelines(json.dumps(as_record(row), ensure_ascii=False) + "\n" for row in rows)
@@ -501,7 +482,8 @@ def _write(path: Path, rows: list[_Sampled], as_record: Callable[[_Sampled], dic
 
 def _read(path: Path) -> list[_Sampled]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines: a completion may hold U+2028, which JSON leaves as it is
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         record = json.loads(line)
         columns = {name: record[name] for name in record["columns"]}
         ids = (record["prompt_ids"], record["completion_ids"])

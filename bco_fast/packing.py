@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Item, collate
-from .models import completion_logps
+from .models import completion_logps, logp_budget
 from .sequences import sequence_logps
 
 _PER_TOKEN = ("input_ids", "targets", "ref_token_logps")
@@ -127,7 +127,7 @@ def check_packing(model: nn.Module, items: Sequence[Item], pad_token_id: int) ->
             sums.append(sequence_sums(completion_logps(model, batch), batch) / completion_lengths(batch))
     finally:
         model.train(training)
-    budget = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
+    budget = logp_budget(model)
     if not (sums[0] - sums[1]).abs().max() <= budget:
         raise ValueError(
             f"{type(model).__name__} does not keep packed sequences apart: the log-probability per token differs by "

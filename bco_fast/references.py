@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .cache import CacheError, FillPlan, ReferenceCache, ReferenceId
 from .data import Example, collate
-from .models import completion_logps
+from .models import completion_logps, logp_budget
 from .packing import collate_packed
 
 # What a config says about itself rather than about the function it describes.
@@ -231,7 +231,7 @@ def _compute(
         def compute(keys: list[bytes]) -> list[np.ndarray]:
             values: list[np.ndarray] = []
             for batch in _batches([missing[key] for key in keys], plan.tokens_per_batch):
-                values += _token_logps(model, batch, pad_token_id, packed)
+                values += token_logps(model, batch, pad_token_id, packed)
                 bar.update(sum(map(len, batch)))
             return values
 
@@ -253,7 +253,7 @@ def _batches(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[lis
         yield batch
 
 
-def _token_logps(
+def token_logps(
     model: nn.Module, examples: Sequence[Example], pad_token_id: int, packed: bool = False
 ) -> list[np.ndarray]:
     """Per-token log-probabilities of each completion."""
@@ -268,13 +268,10 @@ def _token_logps(
 def _spot_check(cache: ReferenceCache, hits: dict[bytes, Example], model: nn.Module, pad_token_id: int) -> None:
     """Recompute a few cached rows, others each time: a reference that is not this model shows in the first."""
     chosen = np.random.default_rng().choice(len(hits), min(CHECKED_ROWS, len(hits)), replace=False)
-    # Batches of another shape round differently; a token may be off by a few units in the last place of the
-    # computation's dtype on logits of this size.
-    low = torch.is_autocast_enabled(next(model.parameters()).device.type) or next(model.parameters()).dtype.itemsize < 4
-    budget = 0.05 if low else 1e-3
+    budget = logp_budget(model, autocast=torch.is_autocast_enabled(next(model.parameters()).device.type))
     keys = list(hits)
     for key in (keys[i] for i in chosen):
-        fresh = _token_logps(model, [hits[key]], pad_token_id)[0]
+        fresh = token_logps(model, [hits[key]], pad_token_id)[0]
         stored = cache.token_logps(key)
         if fresh.shape != stored.shape or not np.abs(fresh - stored).mean() <= budget:
             raise CacheError(

@@ -24,7 +24,7 @@ from .loading import add_adapter, load_model
 from .loss_output import LossOutput, reduction_weights, token_weights
 from .memory import chunk_mlps, offload_activations
 from .metrics import auc, unpaired_metrics, unpaired_sums
-from .models import HeadOutput, completion_logps, forward_logps, patch_model
+from .models import HeadOutput, completion_logps, forward_logps, logp_budget, patch_model
 from .packing import TokenBudgetSampler, check_packing, collate_packed, completion_lengths, sequence_sums
 from .references import FillReport, fill, reference_id
 from .resume import WholeCheckpoints
@@ -281,8 +281,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         with self.compute_loss_context_manager():
             ratios = sequence_sums(completion_logps(model, batch), batch) - batch["ref_logps"]
         largest = float((ratios / completion_lengths(batch)).abs().max())
-        low = self.accelerator.mixed_precision != "no" or next(model.parameters()).dtype.itemsize < 4
-        budget = 0.05 if low else 1e-3
+        budget = logp_budget(model, autocast=self.accelerator.mixed_precision != "no")
         logger.info("step 0: policy and reference differ by %.1e nats per token at most (budget %.0e)", largest, budget)
         if largest <= budget:
             return
@@ -318,10 +317,9 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if self.args.tokens_per_batch is None:
             return super().get_train_dataloader()
         dataset, args = self.train_dataset, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
         order = self._get_train_sampler()
         if isinstance(order, torch.utils.data.RandomSampler):
-            order.generator = torch.Generator().manual_seed(seed)
+            order.generator = torch.Generator().manual_seed(args.data_seed)
         sides = 2 if dataset.paired else 1
         lengths = [len(example) for example in dataset.examples]
         sampler = TokenBudgetSampler(
@@ -329,7 +327,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             order,
             args.tokens_per_batch,
             padded=not args.padding_free,
-            seed=seed,
+            seed=args.data_seed,
             ranks=self.accelerator.num_processes,
         )  # fmt: skip
         self.accelerator.even_batches = False  # the sampler has made them even
@@ -346,8 +344,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_composition == "stratified" and dataset is not None:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return StratifiedSampler([example.label for example in dataset.examples], seed)
+            return StratifiedSampler([example.label for example in dataset.examples], self.args.data_seed)
         return super()._get_train_sampler(train_dataset)
 
     # ---- the loss of a whole optimizer step
@@ -357,8 +354,11 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = sum(self._counts(batch) for batch in batches).to(device)
-        return batches, _Step(batches, _all_reduce(counts))
+        return batches, self._whole_step(batches)
+
+    def _whole_step(self, batches: list[dict[str, Tensor]]) -> _Step:
+        counts = sum(self._counts(batch) for batch in batches).to(self.args.device)
+        return _Step(batches, _all_reduce(counts))
 
     def _counts(self, batch: dict[str, Tensor]) -> Tensor:  # [3]
         up, lengths = batch["label"], completion_lengths(batch)

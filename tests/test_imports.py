@@ -68,7 +68,7 @@ ARROWS = {
     "integrations/trl": {"torch", "transformers", "trl", "losses", "models", "reward_shift", "sequences"},
     "rewards": {"torch", "transformers", "data"},
     "online": {
-        "numpy", "torch", "transformers", "composition", "config", "data", "files", "models", "packing", "rewards", "trainer",
+        "numpy", "torch", "transformers", "composition", "config", "data", "files", "generation", "models", "packing", "references", "rewards", "trainer",
     },
     "trl_compat": {"transformers", "config", "trainer"},
     "demo": {

@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_trainer import TOKENIZER, _parameters
 
-from bco_fast import demo
+from bco_fast import demo, online
 from bco_fast.data import read_rows
 from bco_fast.online import HuggingFaceGenerator, OnlineConfig, OnlineFeedbackTrainer, read_prompts
 from bco_fast.rewards import RewardError
@@ -133,6 +133,20 @@ def test_resume_samples_nothing_again_and_ends_bitwise_alike(tmp_path, step):
     expected = _parameters(whole)
     for name, tensor in _parameters(resumed).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_round_keeps_every_character(tmp_path):
+    """U+2028 ends a line for Python's splitlines, not for JSON."""
+    row = online._Sampled("a\u2028b", {"source": "\x85"}, [3], [4, 0], "c\u2029\nd", 0.5)
+
+    def record(r):
+        ids = {"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids}
+        return {**r.columns, "prompt": r.prompt, "completion": r.completion, "reward": r.reward, **ids, "columns": ["source"]}  # fmt: skip
+
+    online._write(tmp_path / "r.jsonl", [row, row], record)
+    assert online._read(tmp_path / "r.jsonl") == [row, row]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\u2028b"}]
 
 
 def test_a_round_may_be_replayed(tmp_path):

@@ -206,8 +206,8 @@ def test_a_wrong_value_is_refused_by_recomputing_four_rows(tmp_path, monkeypatch
     model, examples = patch_model(tiny.model()), _examples(4)
     cache = ReferenceCache(tmp_path, reference_id(model))
     computed = []
-    real = bco_fast.references._token_logps
-    monkeypatch.setattr(bco_fast.references, "_token_logps", lambda *a: computed.append(len(a[1])) or real(*a))
+    real = bco_fast.references.token_logps
+    monkeypatch.setattr(bco_fast.references, "token_logps", lambda *a: computed.append(len(a[1])) or real(*a))
     fill(cache, examples, model, progress=False)
     assert sum(computed) == 4  # what was just computed is not checked again
     fill(cache, _examples(40), model, progress=False)
