@@ -13,6 +13,7 @@ _HOMES = {
     "fused_linear_logps": "logps",
     "sequence_logps": "sequences",
     "HeadStats": "logps",
+    "frequency_order": "logps",
     "fused_bco_loss": "fused",
     "fused_bnf_loss": "fused",
     "bco_loss": "losses",

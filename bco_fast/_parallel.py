@@ -8,6 +8,7 @@ one all-reduce of d hidden, while each rank's d weight is its own.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,14 +37,27 @@ def _join(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return row_max, (s * shrink).sum(0), t.sum(0), (shrink * (u + moved * s)).sum(0)
 
 
+class _Call(NamedTuple):
+    spec: HeadSpec
+    entropy: bool
+    backend: str
+    workspace_bytes: int
+    tolerance: float
+    order: Tensor | None
+    stats: Tensor | None
+    group: dist.ProcessGroup
+
+
 class _VocabParallelLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, spec, keep, entropy, backend, workspace_bytes, group):
+    def forward(ctx, hidden, weight, targets, bias, keep, call: _Call):
         # hidden [N, D], targets [N] in this rank's own numbering (-1 where foreign), keep [N] bool: not ignored
-        head = HeadSpec(*spec)
+        entropy, group = call.entropy, call.group
+        targets, bias = _ops.positions(call.order, targets, bias)
         out = _ops.forward(
-            backend, hidden, weight, targets, bias, keep, head,
-            entropy=entropy, direction=False, workspace_bytes=workspace_bytes,
+            call.backend, hidden, weight, targets, bias, keep, call.spec,
+            entropy=entropy, direction=False, mass=call.tolerance > 0.0, order=call.order,
+            workspace_bytes=call.workspace_bytes,
         )  # fmt: skip
         logit = torch.where(keep & (targets >= 0), out.target_logits, 0.0)
         u = torch.zeros_like(logit) if out.entropy is None else out.row_sum * (out.row_sum.log() - out.entropy)
@@ -58,35 +72,48 @@ class _VocabParallelLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(h)
-        ctx.save_for_backward(hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak)
-        ctx.head, ctx.backend, ctx.workspace_bytes, ctx.group = head, backend, workspace_bytes, group
+        mass = out.mass
+        if mass is not None:  # of this shard's sum -> of the whole
+            mass *= ((out.row_max - row_max).exp() * out.row_sum / row_sum).nan_to_num(nan=0.0)[:, None]
+        ctx.save_for_backward(hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak, mass)
+        ctx.call = call
         return logps, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak = ctx.saved_tensors
-        grads: list = [None] * 10
+        hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak, mass = ctx.saved_tensors
+        grads: list = [None] * 6
+        call = ctx.call
         if grad_logps is None and grad_entropy is None:
             return tuple(grads)
         needs = ctx.needs_input_grad
 
         def join_hidden(part: Tensor) -> Tensor:
             total = part.to(row_max.dtype)
-            dist.all_reduce(total, group=ctx.group)
+            dist.all_reduce(total, group=call.group)
             return total.to(part.dtype)
 
-        grads[0], grads[1], grads[3] = _ops.backward(
-            ctx.backend,
+        found = _ops.backward(
+            call.backend,
             grad_logps,
             grad_entropy,
             HeadSaved(hidden, weight, targets, bias, logps, row_max, row_sum, h, peak),
             keep,
-            ctx.head,
+            call.spec,
             need=HeadNeed(needs[0], needs[1], bias is not None and needs[3]),
-            workspace_bytes=ctx.workspace_bytes,
+            workspace_bytes=call.workspace_bytes,
+            mass=mass,
+            tolerance=call.tolerance,
+            order=call.order,
             join_hidden=join_hidden,
         )
+        d_bias = found.bias
+        if d_bias is not None and call.order is not None:
+            d_bias = torch.empty_like(d_bias).index_copy_(0, call.order, d_bias)
+        if call.stats is not None:
+            call.stats.copy_(torch.tensor([found.rho, found.certified]))
+        grads[0], grads[1], grads[3] = found.hidden, found.weight, d_bias
         return tuple(grads)
 
 
@@ -101,9 +128,12 @@ def linear_logps(
     entropy: bool,
     backend: str,
     workspace_bytes: int,
+    sparse_tolerance: float,
+    vocab_order: Tensor | None,  # [V of this rank]
+    stats: Tensor | None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
-    """logps [N] and entropy [N], the same on all ranks."""
+    """logps [N] and entropy [N], the same on all ranks. Each rank keeps the sparse bound on its own shard."""
     backend = _ops.resolve_backend(backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend='reference' holds the whole vocabulary; it takes no process_group")
@@ -112,8 +142,10 @@ def linear_logps(
     keep = targets != ignore_index
     own = targets - first
     own = torch.where((own >= 0) & (own < weight.shape[0]), own, -1)
-    logps, h = _VocabParallelLogps.apply(
-        hidden, weight, own, bias, tuple(spec), keep, entropy, backend, workspace_bytes, group
-    )
+    trainable = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not trainable or sparse_tolerance == 0.0:
+        sparse_tolerance, vocab_order = 0.0, None
+    call = _Call(spec, entropy, backend, workspace_bytes, sparse_tolerance, vocab_order, stats, group)
+    logps, h = _VocabParallelLogps.apply(hidden, weight, own, bias, keep, call)
     foreign = keep & ((targets < 0) | (targets >= total))
     return torch.where(foreign, float("nan"), logps), h if entropy else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,14 +19,29 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass
 class HeadStats:
-    """Filled in by the backward of `fused_linear_logps(..., stats=stats)`."""
+    """Filled in by the backward of `fused_linear_logps(..., stats=stats)`; None before."""
 
-    rho: float | None = None
-    """Share of (row, vocabulary tile) cells that the backward computed; 1.0 for the dense, exact backward."""
-    certified: float | None = None
-    """Proved bound on the relative L1 error of dlogits; 0.0 for the dense, exact backward."""
+    def __init__(self) -> None:
+        self._report = torch.full((2,), math.nan, dtype=torch.float64)
+
+    @property
+    def rho(self) -> float | None:
+        """Share of (row, vocabulary tile) cells that the backward computed, of the rows into which a gradient came; 1.0
+        for the dense, exact backward."""
+        return self._read(0)
+
+    @property
+    def certified(self) -> float | None:
+        """Proved bound on the relative L1 error of the logits' gradient; 0.0 for the dense, exact backward."""
+        return self._read(1)
+
+    def _read(self, index: int) -> float | None:
+        value = float(self._report[index])
+        return None if math.isnan(value) else value
+
+    def __repr__(self) -> str:
+        return f"HeadStats(rho={self.rho}, certified={self.certified})"
 
 
 def fused_linear_logps(
@@ -44,6 +58,7 @@ def fused_linear_logps(
     backend: Literal["auto", "triton", "torch", "reference"] = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
+    vocab_order: Tensor | None = None,  # [V] int64
     stats: HeadStats | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,8 +71,8 @@ def fused_linear_logps(
 
     `targets[i]` is the token that `hidden[i]` predicts: shift before calling. Rows that are ignored cost nothing.
     With a frozen head (weight and bias without gradient) the forward also keeps
-    d logp / d hidden, so forward and backward together cost 4NDV FLOP; otherwise they cost 8NDV, and 2NDV without
-    gradient. The order of operations is that of the model families: Cohere and Granite scale, Gemma 2 caps.
+    d logp / d hidden, so forward and backward together cost 4NDV FLOP; otherwise they cost 8NDV, (2 + 6 rho)NDV with a
+    `sparse_tolerance`, and 2NDV without gradient. The order of operations is that of the model families: Cohere and Granite scale, Gemma 2 caps.
 
     Args:
         hidden: last hidden states; float32, bfloat16, float16 or float64; any leading shape.
@@ -71,10 +86,16 @@ def fused_linear_logps(
         backend: "triton" (a GPU, or TRITON_INTERPRET=1), "torch" (any device), "reference" (float64, materialises the
             logits), or "auto": triton on a GPU that it supports, torch elsewhere. A named backend never falls back.
         workspace_bytes: hard cap on logits tiles, their gradients, partial products and statistics; at least 32 KiB
-            and 64 bytes a hidden unit. On top come the results, a few numbers a row, and 4ND bytes: on a GPU the
+            and 64 bytes a hidden unit, with a `sparse_tolerance` 8 KiB a hidden unit. On top come the results, a few numbers a row, and 4ND bytes: on a GPU the
             float32 sums of the gradient of hidden, on the CPU a float32 copy of hidden (with low-precision inputs
-            both). Where rows are ignored, the others are copied.
-        sparse_tolerance: 0.0, the dense and exact backward, is the only value of this version.
+            both). Where rows are ignored, the others are copied. With a `sparse_tolerance` also the mass table, 4 bytes
+            for every row and 256 tokens of the vocabulary, and in the backward about 25 bytes for each that is kept.
+        sparse_tolerance: 0.0 for the dense, exact backward. In (0, 1): the backward of a trainable head leaves out
+            (row, 256 tokens) cells of the logits' gradient dZ, those of least mass, such that
+            |dZ - dZ~|_1 <= sparse_tolerance |dZ|_1 is certain, and takes the dense way when that costs less. The
+            forward is the same bit for bit. A frozen head and a gradient of the entropy are always exact.
+        vocab_order: a permutation of the token ids, such as `bco_fast.frequency_order` of the training data. Cells are
+            256 tokens of this order: where frequent tokens stand together, fewer are kept. Changes nothing else.
         stats: filled in by the backward.
         process_group: the vocabulary is sharded over its ranks: weight and bias hold this rank's rows, in rank order
             and of any sizes that stay the same; hidden and targets are the same on all ranks, and so are the results
@@ -96,10 +117,11 @@ def fused_linear_logps(
         hidden, weight = hidden.to(lower), weight.to(lower)
         bias = None if bias is None else bias.to(lower)
     _check_tensors(hidden, weight, targets, bias)
-    smallest = smallest_workspace(weight.shape[1])
+    smallest = smallest_workspace(weight.shape[1], sparse=sparse_tolerance > 0.0)
     if workspace_bytes < smallest:
         raise ValueError(f"workspace_bytes must be at least {smallest} (one small tile), not {workspace_bytes}")
     spec = _check_options(logit_scale, softcap, temperature, backend, sparse_tolerance)
+    _check_order(vocab_order, weight)
     if process_group is None:
         linear_logps = _ops.linear_logps
     else:
@@ -116,15 +138,12 @@ def fused_linear_logps(
         entropy=return_entropy,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        sparse_tolerance=float(sparse_tolerance),
+        vocab_order=vocab_order,
+        stats=None if stats is None else stats._report,
     )
-    if stats is not None and logps.requires_grad:
-        logps.register_hook(lambda _: _dense(stats))
     logps = logps.view(targets.shape)
     return (logps, entropy.view(targets.shape)) if return_entropy else logps
-
-
-def _dense(stats: HeadStats) -> None:
-    stats.rho, stats.certified = 1.0, 0.0
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -165,8 +184,29 @@ def _check_options(
         raise ValueError(f"temperature must be > 0, not {temperature}")
     if backend not in _ops.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(_ops.BACKENDS)}, not {backend!r}")
-    if sparse_tolerance != 0.0:
-        raise ValueError(
-            f"sparse_tolerance must be 0.0 (the dense, exact backward) in this version, not {sparse_tolerance}"
-        )
+    if not 0.0 <= sparse_tolerance < 1.0:
+        raise ValueError(f"sparse_tolerance must be in [0, 1), not {sparse_tolerance}")
+    if sparse_tolerance > 0.0 and backend == "reference":
+        raise ValueError("backend='reference' is exact: it takes no sparse_tolerance")
     return HeadSpec(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+
+def _check_order(order: Tensor | None, weight: Tensor) -> None:
+    if order is None:
+        return
+    if order.dtype != torch.int64 or order.shape != weight.shape[:1] or order.device != weight.device:
+        raise ValueError(
+            f"vocab_order must be int64 [{weight.shape[0]}] on {weight.device}, not {order.dtype} {list(order.shape)} "
+            f"on {order.device}"
+        )
+    if order.device.type == "cpu" and not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError("vocab_order is not a permutation of the token ids")
+
+
+def frequency_order(
+    counts: Tensor,  # [V]
+) -> Tensor:  # [V] int64
+    """The token ids by falling count or mass, ties in the order of the ids: a `vocab_order` for `fused_linear_logps`."""
+    if counts.dim() != 1:
+        raise ValueError(f"counts must be [V], not {list(counts.shape)}")
+    return counts.argsort(descending=True, stable=True)

@@ -33,6 +33,18 @@ DLOGITS = LaunchConfig(block_n=4, block_v=1024, block_d=0, num_warps=8, num_stag
 
 MERGE_SPLITS = LaunchConfig(block_n=256, block_v=0, block_d=0, num_warps=4, num_stages=1)
 
+# The sparse backward: accumulators of HEAD_LOGPS, and for the same reason a smaller block with bias, softcap or order,
+# whose pointers and slopes spilled 168 bytes on sm_90 at 128x128. The third block (dlogits: d, dweight: n, product: v)
+# is walked.
+GATHERED_DLOGITS = LaunchConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=3)
+GATHERED_DLOGITS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=8, num_stages=3)
+GATHERED_DLOGITS_FP32 = LaunchConfig(block_n=32, block_v=64, block_d=16, num_warps=4, num_stages=2)
+GATHERED_DWEIGHT = LaunchConfig(block_n=32, block_v=128, block_d=128, num_warps=8, num_stages=3)
+GATHERED_DWEIGHT_FP32 = LaunchConfig(block_n=16, block_v=64, block_d=64, num_warps=4, num_stages=2)
+GATHERED_PRODUCT = LaunchConfig(block_n=128, block_v=32, block_d=128, num_warps=8, num_stages=3)
+GATHERED_PRODUCT_FP32 = LaunchConfig(block_n=32, block_v=16, block_d=64, num_warps=4, num_stages=2)
+ADD_PRODUCTS = LaunchConfig(block_n=1, block_v=0, block_d=1024, num_warps=4, num_stages=1)
+
 # The interpreter pays about 10 ms for each program and loop turn, whatever the block holds.
 INTERPRETED = LaunchConfig(block_n=64, block_v=256, block_d=128, num_warps=4, num_stages=1)
 
@@ -42,6 +54,13 @@ def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
     if itemsize <= 2:
         return HEAD_LOGPS_EXTRAS if extras else HEAD_LOGPS
     return HEAD_LOGPS_FP32_EXTRAS if extras else HEAD_LOGPS_FP32
+
+
+def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:
+    """For operands of `itemsize` bytes; extras: bias, softcap or an order of the vocabulary."""
+    if itemsize <= 2:
+        return GATHERED_DLOGITS_EXTRAS if extras else GATHERED_DLOGITS
+    return GATHERED_DLOGITS_FP32
 
 
 # First row that fits: least capability (90 is sm_90; 0 is the interpreter and other vendors), most bytes an operand,

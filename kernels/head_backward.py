@@ -15,6 +15,28 @@ from .tiles import finish_logits, guarded_exp, one_minus_exp
 
 
 @triton.jit
+def dlogits(
+    b_z,  # [BLOCK_N, BLOCK_V] finished logits
+    o_v,
+    b_max,  # [BLOCK_N, 1], like all that follow
+    b_sum,
+    b_c,
+    b_target,
+    b_peak,
+    b_logp_y,
+):
+    """z, p and c (1[k = y] - p), with the forward's own numbers where they are at hand."""
+    # This tile was rounded by another matmul than the forward's. A token that is nearly certain would be off by the
+    # rounding of its logit, but that logit is known: it is the row's maximum.
+    b_z = tl.where(o_v[None, :] == b_peak, b_max, b_z)
+    # At the target everything comes from the forward's own logp: as p_y -> 1 the difference 1 - p_y of nearly equal
+    # numbers would be all rounding.
+    m_y = o_v[None, :] == b_target
+    b_p = tl.where(m_y, tl.exp(b_logp_y), guarded_exp(b_z, b_max) / b_sum)
+    return b_z, b_p, tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c
+
+
+@triton.jit
 def dlogits_kernel(
     tile_ptr,
     bias_ptr,
@@ -54,19 +76,12 @@ def dlogits_kernel(
     b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)[:, None]
     b_peak = tl.load(peak_ptr + o_n, mask=m_n, other=-1)[:, None]
-    # This tile was rounded by another matmul than the forward's. A token that is nearly certain would be off by the
-    # rounding of its logit, but that logit is known: it is the row's maximum.
-    b_z = tl.where(o_v[None, :] == b_peak, b_max, b_z)
-    # At the target everything comes from the forward's own logp: as p_y -> 1 the difference 1 - p_y of nearly equal
-    # numbers would be all rounding.
     b_logp_y = tl.load(logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    m_y = o_v[None, :] == b_target
-    b_p = tl.where(m_y, tl.exp(b_logp_y), guarded_exp(b_z, b_max) / b_sum)
-    b_dz = tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c
+    b_z, b_p, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_peak, b_logp_y)
     if HAS_GRAD_ENTROPY:
         b_g = tl.load(grad_entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
         b_entropy = tl.load(entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
-        b_logp = tl.where(m_y, b_logp_y, b_z - b_max - tl.log(b_sum))
+        b_logp = tl.where(o_v[None, :] == b_target, b_logp_y, b_z - b_max - tl.log(b_sum))
         b_dz -= tl.where(b_p == 0.0, 0.0, b_g * b_p * (b_logp + b_entropy))
     b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)
     tl.store(out_ptr + o_n[:, None] * stride_on + o_c[None, :], b_dz.to(out_ptr.dtype.element_ty), mask=m_tile)

@@ -23,6 +23,12 @@ from bco_fast.kernels import configs
 from bco_fast.kernels.fold_logits import fold_logits_kernel
 from bco_fast.kernels.head_backward import dlogits_kernel
 from bco_fast.kernels.head_logps import head_logps_kernel, merge_splits_kernel
+from bco_fast.kernels.sparse_backward import (
+    add_products_kernel,
+    gathered_dlogits_kernel,
+    gathered_dweight_kernel,
+    gathered_product_kernel,
+)
 
 # Shared memory that one program may use, bytes (CUDA programming guide, technical specifications).
 SMEM_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -63,6 +69,30 @@ def cases():
             flags = _flags(extras, "BIAS SOFTCAP ENTROPY MASS OUT")
             name = f"fold_logits {dtype}{' bias softcap entropy mass out' if extras else ''}"
             yield name, fold_logits_kernel, types, HEAD | flags | blocks, config
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        low = itemsize == 2
+        gathered = (
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=False), False),
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=True), True),
+            ("dweight", gathered_dweight_kernel, configs.GATHERED_DWEIGHT if low else configs.GATHERED_DWEIGHT_FP32, True),
+            ("product", gathered_product_kernel, configs.GATHERED_PRODUCT if low else configs.GATHERED_PRODUCT_FP32, True),
+        )  # fmt: skip
+        for name, kernel, config, extras in gathered:
+            types = _types(
+                dtype,
+                "hidden weight bias out dz d_weight",
+                fp32="row_max row_sum logp grad_logp carry_in carry_out d_bias product",
+                integers="FIRST_TILE FIRST LAST V D stride_hn stride_wv",
+            )
+            blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+            constants = blocks | {"HAS_WEIGHT": True, "TILE": 256, "ACC": tl.float32}
+            constants |= (HEAD if name == "dlogits" else {}) | _flags(extras, "BIAS SOFTCAP ORDER")
+            constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
+            suffix = " bias softcap order" if extras and name == "dlogits" else ""
+            yield f"gathered_{name} {dtype}{suffix}", kernel, types, constants, config
+    config = configs.ADD_PRODUCTS
+    types = _types("fp32", "product", fp32="d_hidden", integers="D")
+    yield "add_products", add_products_kernel, types, {"BLOCK_D": config.block_d}, config
     config = configs.MERGE_SPLITS
     types = _types("fp32", "part", fp32="row_max row_sum logp logit entropy", integers="N V S")
     constants = {"BLOCK_N": config.block_n, "HAS_ENTROPY": True, "ACC": tl.float32}
@@ -72,7 +102,10 @@ def cases():
 def _types(dtype: str, operands: str, *, fp32: str, integers: str) -> dict[str, str]:
     types = {f"{name}_ptr": f"*{dtype}" for name in operands.split()}
     types |= {f"{name}_ptr": "*fp32" for name in fp32.split()}
-    types |= {"target_ptr": "*i64", "peak_ptr": "*i64", "part_peak_ptr": "*i32"}
+    types |= {"part_peak_ptr": "*i32"}
+    types |= dict.fromkeys(
+        ["target_ptr", "peak_ptr", "order_ptr", "rows_ptr", "offset_ptr", "place_ptr", "row_start_ptr"], "*i64"
+    )
     return types | dict.fromkeys(integers.split(), "i32")
 
 

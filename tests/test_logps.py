@@ -387,7 +387,8 @@ def test_stats_report_the_dense_backward():
     stats = HeadStats()
     hidden = torch.randn(4, 8, requires_grad=True)
     logps = fused_linear_logps(hidden, torch.randn(10, 8), torch.arange(4), stats=stats)
-    assert stats == HeadStats()
+    assert stats.rho is None
+    assert stats.certified is None
     logps.sum().backward()
     assert (stats.rho, stats.certified) == (1.0, 0.0)
 
@@ -424,7 +425,7 @@ def _bad(**changes):
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale"),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes"),
-        ({"sparse_tolerance": 0.1}, ValueError, "sparse_tolerance"),
+        ({"sparse_tolerance": 1.5}, ValueError, "sparse_tolerance"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )

@@ -5,38 +5,70 @@ It is what runs on the CPU, and it is the whole algorithm of the Triton backend 
     forward   walk the vocabulary with a running (max, sum) per row; 2NDV FLOP
     frozen    the same walk also carries Q = sum over k != y of e_k f_k W_k, which gives d logp / d hidden; 4NDV
     backward  recompute each tile, turn it into dlogits in place, two matmuls; dW is written once per chunk; 6NDV
+    sparse    the same for the rows that were kept of each MASS_TILE columns, gathered; 6 rho NDV
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
+import os
+import platform
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
+from . import (
+    HeadForward,
+    HeadNeed,
+    HeadSaved,
+    HeadSpec,
+    KeptCells,
+    accumulator_dtype,
+    assemble_direction,
+    exact_entries,
+    tile_shape,
+)
 
 # 512 columns keep the CPU's matmul at full speed; a tile of 4 MiB stays in the cache between the passes over it.
 CPU_COLUMNS = 512
 CPU_TILE_BYTES = 4 << 20
 GPU_COLUMNS = 4096
+# Narrow tiles keep fewer logits (0.38 of them at 256 columns, 0.14 at 64, for the same bound on scattered tokens), and
+# below 64 the CPU's matmul loses more than that.
+MASS_TILE = 64
+# Share of a tile's rows that may be copied to find the place of their maximum.
+PEAK_ROWS = 0.125
+# Cells whose rows are gathered at once: enough that what stands round the matmuls is not felt.
+SPARSE_CELLS = 4096
 # Below this MKL is faster, and its dot products are the more accurate ones. Rows do not count: the backward may see
 # fewer than the forward, and must round the same way.
 ONEDNN_FEWEST_COLUMNS = 16
 
 
 def _tile(
-    hidden: Tensor, weight: Tensor, workspace_bytes: int, *, tiles: int, products: bool, sums: bool
+    hidden: Tensor,
+    weight: Tensor,
+    workspace_bytes: int,
+    *,
+    tiles: float,
+    products: bool,
+    sums: bool,
+    ordered: bool,
+    step: int = 1,
 ) -> tuple[int, int]:
     """Rows and columns of a tile, of which `tiles` are held at once.
 
     Beside them stand, in the accumulator's dtype, a product [rows, D] with `products` and one [columns, D] with `sums`,
-    twice once rows are cut; low-precision operands are held once more: on the CPU the weights, on a GPU the tile.
+    twice once rows are cut; low-precision operands are held once more: on the CPU the weights, on a GPU the tile. In
+    another `ordered` vocabulary the weights are gathered.
     """
     n, d = hidden.shape
     item = accumulator_dtype(hidden.dtype).itemsize
     low = hidden.dtype.itemsize < item
-    cell, column = item * tiles, item * d * sums
+    cell, column = item * tiles, item * d * sums + hidden.dtype.itemsize * d * ordered
     if hidden.device.type == "cpu":
         rows = min(n, CPU_TILE_BYTES // item // CPU_COLUMNS)
         columns = max(CPU_COLUMNS, CPU_TILE_BYTES // item // rows)
@@ -47,8 +79,14 @@ def _tile(
         columns = max(GPU_COLUMNS, workspace_bytes // (cell * rows))
     columns = min(columns, weight.shape[0])
     return tile_shape(
-        n, rows, columns, workspace_bytes, cell=cell, row=item * d * products, column=column, cut=item * d * sums
-    )
+        n, rows, columns, workspace_bytes, cell=cell, row=item * d * products, column=column, cut=item * d * sums, step=step
+    )  # fmt: skip
+
+
+def sparse_worth(dtype: torch.dtype) -> float:
+    """Share of kept cells from which on the dense backward is the faster one: narrow matmuls of gathered rows ran at 230
+    GFLOP/s where the dense ones ran at 380 (two cores of an Intel Xeon, float32, D = 512)."""
+    return 0.6
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -56,18 +94,28 @@ def _slices(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+@functools.cache
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 faster than MKL, which `a @ b` calls, on this processor.
+
+    MKL is slow on AMD processors: oneDNN was 2.2x as fast on an EPYC with AVX-512. On an Intel Xeon with AVX-512 MKL was
+    the faster one throughout, by 1.1x for hidden @ weight.T and by 1.35x for dz.T @ hidden.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            processor += file.read(1 << 14)
+    return not (torch.backends.mkl.is_available() and "GenuineIntel" in processor)
+
+
 def _onednn(a: Tensor) -> bool:
-    # MKL's sgemm, which a @ b calls, is slow on AMD processors: oneDNN's was 2.2x as fast on an EPYC with AVX-512.
-    return (
-        a.device.type == "cpu"
-        and a.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
+    return a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.enabled and _onednn_is_faster()
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, L] in the accumulator's precision: float32 out of bf16 and fp16, never rounded back.
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [M, K] @ b [K, L], into `out` if given, in the accumulator's precision: float32 out of bf16 and fp16, never rounded back.
 
     a is a tile in that precision or an operand in the input's. A GPU multiplies in the input's dtype; the CPU has no
     such matmul with a float32 result, so there both are in the accumulator's dtype already.
@@ -75,10 +123,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype.itemsize > b.dtype.itemsize:
         a = a.to(b.dtype)
     if a.dtype.itemsize < 4:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if _onednn(a) and b.shape[1] >= ONEDNN_FEWEST_COLUMNS:
-        return torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
-    return a @ b
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    elif _onednn(a) and b.shape[1] >= ONEDNN_FEWEST_COLUMNS:
+        product = torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
+    else:
+        return torch.mm(a, b, out=out)
+    return product if out is None else out.copy_(product)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -91,6 +141,17 @@ def _operand(x: Tensor) -> Tensor:
     return x.to(accumulator_dtype(x.dtype)) if x.device.type == "cpu" else x
 
 
+def _rows(weight: Tensor, order: Tensor | None, columns: slice) -> Tensor:  # [C, D]
+    return weight[columns] if order is None else weight.index_select(0, order[columns])
+
+
+def _put_rows(d_weight: Tensor, order: Tensor | None, columns: slice, part: Tensor) -> None:
+    if order is None:
+        d_weight[columns] = part
+    else:
+        d_weight.index_copy_(0, order[columns], part.to(d_weight.dtype))
+
+
 def logits_tile(
     hidden: Tensor,  # [R, D]
     weight: Tensor,  # [C, D]
@@ -101,11 +162,15 @@ def logits_tile(
     z = matmul(hidden, weight.T)
     if bias is not None:
         z += bias
-    slope = None
+    return _finish(z, spec)
+
+
+def _finish(z: Tensor, spec: HeadSpec) -> tuple[Tensor, Tensor | None]:
+    """What comes after the bias, in place, and with a softcap the slope."""
     if spec.softcap is None:
         if spec.slope != 1.0:
             z *= spec.slope
-        return z, slope
+        return z, None
     z = z.mul_(spec.logit_scale / spec.softcap)
     slope = z.cosh().reciprocal_().square_()  # 1 - tanh^2 would cancel where the cap saturates
     z = z.tanh_()
@@ -116,6 +181,19 @@ def _target_columns(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Which rows have their target in this chunk, and a column that is safe to gather for all of them."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return inside, torch.where(inside, targets - columns.start, 0)[:, None]
+
+
+def _note_peaks(z: Tensor, raised: Tensor, peak: Tensor, first: int) -> None:
+    """The column of the maximum for rows whose running maximum this tile has raised; few after the first tiles.
+
+    A maximum with its place takes the CPU six times as long as one without, so few rows are copied and looked at again.
+    """
+    if z.device.type == "cpu":
+        rows = raised.nonzero()[:, 0]
+        if len(rows) <= PEAK_ROWS * len(z):
+            peak.index_copy_(0, rows, z.index_select(0, rows).max(1).indices + first)
+            return
+    torch.where(raised, z.max(1).indices + first, peak, out=peak)
 
 
 def _finite(row_max: Tensor) -> Tensor:
@@ -132,12 +210,22 @@ def forward(
     *,
     entropy: bool,
     direction: bool,
+    mass: bool = False,
+    order: Tensor | None = None,
     workspace_bytes: int,
 ) -> HeadForward:
     dtype = accumulator_dtype(hidden.dtype)
-    n = hidden.shape[0]
-    tiles = 1 + entropy + (spec.softcap is not None)
-    tile_rows, tile_columns = _tile(hidden, weight, workspace_bytes, tiles=tiles, products=direction, sums=False)
+    n, v = hidden.shape[0], weight.shape[0]
+    tile_rows, tile_columns = _tile(
+        hidden,
+        weight,
+        workspace_bytes,
+        tiles=1 + entropy + (spec.softcap is not None) + PEAK_ROWS,
+        products=direction,
+        sums=False,
+        ordered=order is not None,
+        step=MASS_TILE if mass else 1,
+    )
     row_max = hidden.new_full((n,), float("-inf"), dtype=dtype)
     row_sum = hidden.new_zeros(n, dtype=dtype)
     logits = hidden.new_full((n,), float("nan"), dtype=dtype)
@@ -145,11 +233,12 @@ def forward(
     pull = hidden.new_zeros(hidden.shape, dtype=dtype) if direction else None  # Q
     off_target = hidden.new_zeros(n, dtype=dtype) if direction else None
     slope_y = hidden.new_ones(n, dtype=dtype)
+    log_mass = hidden.new_empty((n, -(-v // MASS_TILE)), dtype=dtype) if mass else None  # of e^z f
     peak = torch.full_like(targets, -1)
 
     operand = _operand(hidden)
-    for columns in _slices(weight.shape[0], tile_columns):
-        chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
+    for columns in _slices(v, tile_columns):
+        chunk, chunk_bias = _operand(_rows(weight, order, columns)), None if bias is None else bias[columns]
         for rows in _slices(len(hidden), tile_rows):
             z, slope = logits_tile(operand[rows], chunk, chunk_bias, spec)
             inside, at = _target_columns(targets[rows], columns)
@@ -157,8 +246,8 @@ def forward(
             if direction and not entropy:  # no backward
                 m = torch.maximum(row_max[rows], z.amax(1))
             else:
-                highest, column = z.max(1)
-                peak[rows] = torch.where(highest > row_max[rows], column + columns.start, peak[rows])
+                highest = z.amax(1)
+                _note_peaks(z, highest > row_max[rows], peak[rows], columns.start)
                 m = torch.maximum(row_max[rows], highest)
             shrink = (row_max[rows] - _finite(m)).exp_()
             z.sub_(_finite(m)[:, None])
@@ -170,6 +259,10 @@ def forward(
             else:
                 e = z.exp_()
             row_sum[rows] = row_sum[rows] * shrink + e.sum(1)
+            if mass:
+                cells = slice(columns.start // MASS_TILE, -(-columns.stop // MASS_TILE))
+                sums = _tile_sums(e if slope is None else e.mul_(slope))
+                log_mass[rows, cells] = sums.log_().add_(_finite(m)[:, None])
             if direction:
                 # Q goes without the target's own term, see `assemble_direction`.
                 e.scatter_(1, at, torch.where(inside[:, None], 0.0, e.gather(1, at)))
@@ -190,7 +283,15 @@ def forward(
         grad = assemble_direction(pull, weight, targets, slope_y, off_target, row_sum, spec, workspace_bytes)
         grad = grad.to(hidden.dtype)
     h = row_sum.log() - u / row_sum if entropy else None
-    return HeadForward(logps, h, row_max, row_sum, grad, logits, peak)
+    if mass:  # never with a direction
+        log_mass.sub_((row_max + row_sum.log())[:, None]).exp_()
+    return HeadForward(logps, h, row_max, row_sum, grad, logits, peak, log_mass)
+
+
+def _tile_sums(e: Tensor) -> Tensor:  # [R, C] -> [R, C / MASS_TILE]
+    whole = e.shape[1] // MASS_TILE * MASS_TILE
+    sums = e[:, :whole].unflatten(1, (-1, MASS_TILE)).sum(2)
+    return sums if whole == e.shape[1] else torch.cat([sums, e[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def backward(
@@ -200,13 +301,14 @@ def backward(
     spec: HeadSpec,
     *,
     need: HeadNeed,
+    order: Tensor | None = None,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, weight, bias = saved.hidden, saved.weight, saved.bias
     dtype = accumulator_dtype(hidden.dtype)
     tiles = 1 + (grad_entropy is not None) + (spec.softcap is not None)
     tile_rows, tile_columns = _tile(
-        hidden, weight, workspace_bytes, tiles=tiles, products=need.hidden, sums=need.weight
+        hidden, weight, workspace_bytes, tiles=tiles, products=need.hidden, sums=need.weight, ordered=order is not None
     )
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
@@ -220,7 +322,7 @@ def backward(
     ]
 
     for columns in _slices(weight.shape[0], tile_columns):
-        chunk, chunk_bias = _operand(weight[columns]), None if bias is None else bias[columns]
+        chunk, chunk_bias = _operand(_rows(weight, order, columns)), None if bias is None else bias[columns]
         d_chunk, d_chunk_bias = None, None
         for rows, hidden_rows in zip(_slices(len(hidden), tile_rows), right, strict=True):
             dz = _dlogits_tile(operand[rows], chunk, chunk_bias, grad_logps, grad_entropy, saved, spec, rows, columns)
@@ -232,11 +334,120 @@ def backward(
                 d_chunk = _add(d_chunk, matmul(dz.T, hidden_rows))
             dz = None  # or it would stand beside the next tile
         if need.weight:
-            d_weight[columns] = d_chunk
+            _put_rows(d_weight, order, columns, d_chunk)
         if need.bias:
             d_bias[columns] = d_chunk_bias
         chunk = None
     return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+def sparse_backward(
+    grad_logps: Tensor,  # [N]
+    saved: HeadSaved,
+    spec: HeadSpec,
+    cells: KeptCells,
+    *,
+    need: HeadNeed,
+    order: Tensor | None = None,
+    workspace_bytes: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
+    v, d = weight.shape
+    dtype = accumulator_dtype(hidden.dtype)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
+    d_bias = hidden.new_zeros(v, dtype=dtype) if need.bias else None
+    if need.weight:
+        for t, columns in enumerate(_slices(v, cells.width)):
+            if cells.offsets[t] == cells.offsets[t + 1]:
+                _put_rows(d_weight, order, columns, hidden.new_zeros(()).expand(columns.stop - columns.start, d))
+    c = (grad_logps * -spec.slope / torch.where(saved.row_sum > 0, saved.row_sum, 1.0))[:, None]
+    row_max = saved.row_max[:, None]
+    exact = exact_entries(grad_logps, saved, spec, cells)
+    exact_cells = exact.cell.tolist()
+    operand = _operand(hidden)
+    in_place = need.weight and order is None and d_weight.dtype == dtype
+    d_chunk = None
+    for group in _groups(cells, v, *_group_sizes(saved, spec, cells.width, order, workspace_bytes)):
+        first, last = group[0].first, group[-1].last
+        sizes = [piece.last - piece.first for piece in group]
+        chunks = [_operand(_rows(weight, order, piece.columns)) for piece in group]
+        rows = cells.rows[first:last]
+        gathered = operand.index_select(0, rows)
+        hidden_rows = gathered.split(sizes)
+        dz = gathered.new_empty((last - first, len(chunks[0])))
+        tiles = dz.split(sizes)
+        for tile, part, chunk, piece in zip(tiles, hidden_rows, chunks, group, strict=True):
+            matmul(part, chunk.T, out=tile)
+            if bias is not None:
+                tile += bias[piece.columns]
+        _, slope = _finish(dz, spec)
+        dz.sub_(row_max[rows]).exp_().mul_(c[rows])
+        here = slice(bisect.bisect_left(exact_cells, first), bisect.bisect_left(exact_cells, last))
+        dz[exact.cell[here] - first, exact.column[here]] = exact.value[here]
+        if slope is not None:
+            dz *= slope
+        for tile, part, piece in zip(tiles, hidden_rows, group, strict=True):
+            if need.bias:
+                d_bias[piece.columns] += tile.sum(0)
+            if need.weight and in_place and piece.begins:
+                d_chunk = matmul(tile.T, part, out=d_weight[piece.columns])
+            elif need.weight:
+                d_chunk = _add(None if piece.begins else d_chunk, matmul(tile.T, part))
+                if piece.ends and not in_place:
+                    _put_rows(d_weight, order, piece.columns, d_chunk)
+        if need.hidden:
+            products = torch.empty_like(gathered)
+            for tile, chunk, product in zip(tiles, chunks, products.split(sizes), strict=True):
+                matmul(tile, chunk, out=product)
+            d_hidden.index_add_(0, rows, products)
+        gathered = hidden_rows = chunks = dz = tiles = slope = products = None
+    if need.bias:
+        d_bias = d_bias.to(bias.dtype)
+    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+class _Piece(NamedTuple):
+    """Cells first to last of one tile: all, or a part where they are too many to be gathered at once."""
+
+    columns: slice
+    first: int
+    last: int
+    begins: bool
+    ends: bool
+
+
+def _groups(cells: KeptCells, v: int, most_cells: int, most_tiles: int) -> Iterator[list[_Piece]]:
+    """Runs of pieces whose rows are gathered together; their tiles have one width."""
+    group: list[_Piece] = []
+    for t, columns in enumerate(_slices(v, cells.width)):
+        start, stop = cells.offsets[t : t + 2]
+        for first in range(start, stop, most_cells):
+            last = min(first + most_cells, stop)
+            full = group and (last - group[0].first > most_cells or len(group) == most_tiles)
+            if full or (group and columns.stop - columns.start < cells.width):
+                yield group
+                group = []
+            group.append(_Piece(columns, first, last, first == start, last == stop))
+    if group:
+        yield group
+
+
+def _group_sizes(
+    saved: HeadSaved, spec: HeadSpec, width: int, order: Tensor | None, workspace_bytes: int
+) -> tuple[int, int]:
+    """The most cells and tiles of a group.
+
+    A cell holds its row of hidden states and that of their gradient, its logits and their slope. A tile holds its
+    weights where they are converted or gathered. Beside them stand a slice of dW and its next summand.
+    """
+    d, item = saved.weight.shape[1], accumulator_dtype(saved.hidden.dtype).itemsize
+    left = workspace_bytes - 2 * item * width * d
+    cell = item * (2 * d + (1 + (spec.softcap is not None)) * width)
+    low, ordered = saved.hidden.dtype.itemsize < item, order is not None
+    tile = width * d * (item * low + saved.weight.itemsize * ordered)
+    tiles = max(left // 2 // tile, 1) if tile else saved.weight.shape[0]
+    return max(min((left // 2 if tile else left) // cell, SPARSE_CELLS), 1), tiles
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

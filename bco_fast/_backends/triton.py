@@ -12,17 +12,20 @@ from typing import Literal
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..kernels import configs
 from ..kernels.fold_logits import fold_logits_kernel
 from ..kernels.head_backward import dlogits_kernel
 from ..kernels.head_logps import head_logps_kernel, merge_splits_kernel
-from . import MASS_TILE, HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
+from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
+from .launching import INTERPRETED, TRITON_DTYPE, constants, operands, options
+from .triton_sparse import sparse_backward
 
-INTERPRETED = not isinstance(head_logps_kernel, triton.runtime.JITFunction)
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+__all__ = ["MASS_TILE", "backward", "check_device", "forward", "sparse_backward", "sparse_worth"]
+
+# Wide enough for two tensor-core tiles; a row of the mass table costs 1/256 of its float32 logits.
+MASS_TILE = 256
 # Below this many columns a chunk starves the matmuls around it; rows are cut instead.
 FEWEST_COLUMNS = 4096
 
@@ -35,18 +38,10 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _constants(spec: HeadSpec, bias: Tensor | None) -> dict:
-    return {
-        "LOGIT_SCALE": spec.logit_scale,
-        "SOFTCAP": spec.softcap or 1.0,
-        "TEMPERATURE": spec.temperature,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": spec.softcap is not None,
-    }
-
-
-def _launch(config: configs.LaunchConfig) -> dict:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def sparse_worth(dtype: torch.dtype) -> float:
+    """Share of kept cells from which on the dense backward is the faster one. Not measured yet; derived: gathered bf16 rows
+    at half of cuBLAS's rate, float32 without tensor cores at a third. Triton multiplies no float64."""
+    return {torch.float64: 1.1 if INTERPRETED else 0.0, torch.float32: 0.35}.get(dtype, 0.5)
 
 
 @functools.cache
@@ -67,14 +62,15 @@ def forward(
     *,
     entropy: bool,
     direction: bool,
-    workspace_bytes: int,
     mass: bool = False,
+    order: Tensor | None = None,
+    workspace_bytes: int,
     method: Literal["fused", "fold"] | None = None,
 ) -> HeadForward:
     if method is None:
         method = configs.forward_method(_capability(hidden.device), hidden.dtype.itemsize, hidden.shape[1])
-    if method == "fold" or direction:
-        return _forward_fold(hidden, weight, targets, bias, spec, entropy, direction, workspace_bytes, mass)
+    if method == "fold" or direction or order is not None:  # the fused kernel reads the weight in its own order
+        return _forward_fold(hidden, weight, targets, bias, spec, entropy, direction, mass, order, workspace_bytes)
     return _forward_fused(hidden, weight, targets, bias, spec, entropy, workspace_bytes, mass)
 
 
@@ -130,8 +126,8 @@ def _forward_fused(
         HAS_MASS=mass,
         ACC=TRITON_DTYPE[dtype],
         UPCAST=INTERPRETED,
-        **_launch(config),
-        **_constants(spec, bias),
+        **options(config),
+        **constants(spec, bias),
     )
     logps, row_max, row_sum, logits, h = hidden.new_empty((5, n), dtype=dtype).unbind(0)
     peak = torch.empty_like(targets)
@@ -152,7 +148,7 @@ def _forward_fused(
         BLOCK_N=merge.block_n,
         HAS_ENTROPY=entropy,
         ACC=TRITON_DTYPE[dtype],
-        **_launch(merge),
+        **options(merge),
     )
     masses = _wide_masses(masses, config.block_v, row_max, row_sum) if mass else None
     return HeadForward(logps, h if entropy else None, row_max, row_sum, None, logits, peak, masses)
@@ -166,12 +162,13 @@ def _forward_fold(
     spec: HeadSpec,
     entropy: bool,
     direction: bool,
-    workspace_bytes: int,
     mass: bool,
+    order: Tensor | None,
+    workspace_bytes: int,
 ) -> HeadForward:
     dtype = accumulator_dtype(hidden.dtype)
     given = hidden.dtype
-    hidden, weight = _operands(hidden, weight)
+    hidden, weight = operands(hidden, weight)
     n, v = hidden.shape[0], weight.shape[0]
     config = configs.INTERPRETED if INTERPRETED else configs.FOLD_LOGITS
     state = hidden.new_zeros((5, n), dtype=dtype)
@@ -180,11 +177,18 @@ def _forward_fold(
     shrink, slope = hidden.new_ones((2, n), dtype=dtype).unbind(0) if direction else (None, None)
     pull = hidden.new_zeros(hidden.shape, dtype=dtype) if direction else None
     masses = hidden.new_empty((n, triton.cdiv(v, config.block_v)), dtype=dtype) if mass else None
-    rows, columns = _tile(hidden, v, workspace_bytes, products=direction, sums=False)
-    columns = max(columns // config.block_v, 1) * config.block_v if mass else columns  # a mass is written by one tile
+    rows, columns = _tile(
+        hidden,
+        v,
+        workspace_bytes,
+        products=direction,
+        sums=False,
+        ordered=order is not None,
+        step=config.block_v if mass else 1,  # a mass is written by one tile
+    )
     buffers = _Buffers(hidden, rows * columns, low=direction)
     for first in range(0, v, columns):
-        chunk = weight[first : first + columns]
+        chunk = _rows(weight, order, first, columns)
         for top in range(0, n, rows):
             block = slice(top, min(top + rows, n))
             tile, out = buffers.product(hidden[block], chunk.T)
@@ -212,8 +216,8 @@ def _forward_fold(
                 HAS_ENTROPY=entropy,
                 HAS_MASS=mass,
                 HAS_OUT=direction,
-                **_launch(config),
-                **_constants(spec, bias),
+                **options(config),
+                **constants(spec, bias),
             )
             if direction:
                 pull[block] *= shrink[block, None]
@@ -242,13 +246,6 @@ def _wide_masses(logs: Tensor, width: int, row_max: Tensor, row_sum: Tensor) -> 
     padded = torch.nn.functional.pad(logs, (0, -logs.shape[1] % group), value=float("-inf"))
     shares = torch.exp(padded - (row_max + row_sum.log())[:, None])
     return shares.view(len(logs), -1, group).sum(-1)
-
-
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the matmuls want them. The interpreter truncates bf16 stores, and the CPU has no float32-out matmul of bf16."""
-    if INTERPRETED and hidden.dtype.itemsize < 4:
-        return hidden.float(), weight.float()
-    return hidden, weight
 
 
 class _Buffers:
@@ -295,11 +292,14 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _tile(hidden: Tensor, v: int, workspace_bytes: int, *, products: bool, sums: bool) -> tuple[int, int]:
+def _tile(
+    hidden: Tensor, v: int, workspace_bytes: int, *, products: bool, sums: bool, ordered: bool, step: int = 1
+) -> tuple[int, int]:
     """Rows and columns of a tile. A cell holds a float32 logit and a value in the matmul's dtype.
 
     Beside them stands a float32 slice of dW with `sums`, once rows are cut; and where this PyTorch cannot add a
-    product to a float32 matrix, the product itself, [rows, D] with `products` or a slice of dW.
+    product to a float32 matrix, the product itself, [rows, D] with `products` or a slice of dW. In another `ordered`
+    vocabulary the weights are gathered, and a slice of dW always stands beside them.
     """
     n, d = hidden.shape
     item = accumulator_dtype(hidden.dtype).itemsize
@@ -308,7 +308,13 @@ def _tile(hidden: Tensor, v: int, workspace_bytes: int, *, products: bool, sums:
     cell = item + hidden.dtype.itemsize * low
     columns = min(v, max(workspace_bytes // (cell * n), FEWEST_COLUMNS))
     row, cut = item * d * (products and apart), item * d * sums * (2 if apart else 1)
-    return tile_shape(n, n, columns, workspace_bytes, cell=cell, row=row, column=0, cut=cut)
+    column = (hidden.dtype.itemsize * d + 2 * cut) * ordered
+    return tile_shape(n, n, columns, workspace_bytes, cell=cell, row=row, column=column, cut=cut, step=step)
+
+
+def _rows(weight: Tensor, order: Tensor | None, first: int, columns: int) -> Tensor:  # [C, D]
+    chosen = slice(first, first + columns)
+    return weight[chosen] if order is None else weight.index_select(0, order[chosen])
 
 
 def backward(
@@ -318,23 +324,24 @@ def backward(
     spec: HeadSpec,
     *,
     need: HeadNeed,
+    order: Tensor | None = None,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden, weight = _operands(saved.hidden, saved.weight)
+    hidden, weight = operands(saved.hidden, saved.weight)
     bias = saved.bias
     n, v = hidden.shape[0], weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(saved.weight, memory_format=torch.contiguous_format) if need.weight else None
     d_bias = torch.empty_like(bias) if need.bias else None
-    rows, columns = _tile(hidden, v, workspace_bytes, products=need.hidden, sums=need.weight)
+    rows, columns = _tile(hidden, v, workspace_bytes, products=need.hidden, sums=need.weight, ordered=order is not None)
     buffers = _Buffers(hidden, rows * columns, low=True)
     for first in range(0, v, columns):
-        chunk = weight[first : first + columns]
+        chunk = _rows(weight, order, first, columns)
         d_chunk = d_weight[first : first + columns] if need.weight else None
         # One tile of all rows writes its slice of dW in place; cut rows are added up in float32 first.
         total = None
-        if need.weight and not (rows == n and d_chunk.dtype == hidden.dtype):
+        if need.weight and not (rows == n and d_chunk.dtype == hidden.dtype and order is None):
             total = hidden.new_zeros(chunk.shape, dtype=dtype)
         total_bias = hidden.new_zeros(chunk.shape[0], dtype=dtype) if need.bias else None
         for top in range(0, n, rows):
@@ -349,9 +356,11 @@ def backward(
                 torch.mm(dz.T, hidden, out=d_chunk)
             if need.bias:
                 total_bias += dz.sum(0, dtype=dtype)
-        if total is not None:
+        if total is not None and order is not None:
+            d_weight.index_copy_(0, order[first : first + columns], total.to(d_weight.dtype))
+        elif total is not None:
             d_chunk.copy_(total)
-            total = None
+        total = None
         if need.bias:
             d_bias[first : first + columns] = total_bias
     return None if d_hidden is None else d_hidden.to(saved.hidden.dtype), d_weight, d_bias
@@ -390,6 +399,6 @@ def _dlogits(
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         HAS_GRAD_ENTROPY=grad_entropy is not None,
-        **_launch(config),
-        **_constants(spec, saved.bias),
+        **options(config),
+        **constants(spec, saved.bias),
     )
