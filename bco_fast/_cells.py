@@ -70,8 +70,9 @@ def choose_cells(
     budget = total * (tolerance * (1 - _ROUNDING))
 
     keep = torch.empty((tiles, n), dtype=torch.bool, device=mass.device)
-    # Weights, their bits and what the histogram makes of them: about 40 bytes a cell.
-    block = max(workspace_bytes // (40 * tiles), 1)
+    # Weights, their bits and what the histogram makes of them: about 40 bytes a cell. On the CPU they stay in the cache.
+    most = workspace_bytes // 40 if mass.is_cuda else min(workspace_bytes // 40, 1 << 15)
+    block = max(most // tiles, 1)
 
     def weights() -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, n, block):
@@ -101,11 +102,11 @@ def choose_cells(
 
 def _row_norms(saved: HeadSaved, mass: Tensor, own: Tensor, spec: HeadSpec, sharded: bool) -> Tensor:  # [N] float64
     """(1 - p_y) f_y + sum over k != y of p_k f_k, never more than it is; only the second where the target is not `own`."""
-    others = mass.sum(1, dtype=torch.float64)
-    p_y = saved.logps.double().exp()
     off_target = -torch.expm1(saved.logps.double())
     if spec.softcap is None and not sharded:
         return 2.0 * off_target
+    others = mass.sum(1, dtype=torch.float64)
+    p_y = saved.logps.double().exp()
     slope = 1.0
     if spec.softcap is not None:
         logit = (saved.logps + saved.row_max + saved.row_sum.log()).double()
@@ -118,16 +119,15 @@ def _row_norms(saved: HeadSaved, mass: Tensor, own: Tensor, spec: HeadSpec, shar
 
 def _threshold(weights: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Tensor) -> tuple[Tensor, Tensor]:
     """Bits of the first weight that stays, and an upper bound of the sum of those below; both on the device."""
-    scale = _UNITS / budget
+    scale = _UNITS / budget.clamp_min(torch.finfo(torch.float64).tiny)
     spent = torch.zeros((), dtype=torch.int64, device=budget.device)
     low = torch.zeros((), dtype=torch.int32, device=budget.device)
     for shift in _SHIFTS:
         histogram = torch.zeros(_BINS, dtype=torch.int64, device=budget.device)
         for _, weight in weights():
             bits = weight.view(torch.int32).flatten()
-            units = torch.where(bits == 0, 0.0, (weight.flatten().double() * scale).ceil_())
             # A weight above the budget stays whatever the others are, and sums stay below 2^63.
-            units = units.nan_to_num_(nan=2 * _UNITS).clamp_max_(2 * _UNITS).long()
+            units = (weight.flatten().double() * scale).clamp_max_(2 * _UNITS).long() + 1
             if shift != _SHIFTS[0]:  # only the bin in which the budget ends
                 inside = (bits >> _SHIFTS[0]) == (low >> _SHIFTS[0])
                 units, bits = torch.where(inside, units, 0), torch.where(inside, bits, 0)
@@ -136,4 +136,5 @@ def _threshold(weights: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Te
         dropped = (sums <= _UNITS).sum().clamp_max(_BINS - 1)
         spent = torch.where(dropped > 0, sums[dropped - 1], spent)
         low = low + (dropped.to(torch.int32) << shift)
-    return low, spent.double() / scale
+    # Not a number means nothing is known: all stay.
+    return torch.where(budget.isfinite(), low, 0), spent.double() / scale

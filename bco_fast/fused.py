@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .logps import fused_linear_logps
+from .logps import HeadStats, fused_linear_logps
 from .losses import LossOutput, Reduction, bco_loss, bnf_loss
 from .reward_shift import RewardShift
 from .sequences import sequence_logps
@@ -32,6 +32,8 @@ def fused_bco_loss(
     backend: Literal["auto", "triton", "torch", "reference"] = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
+    vocab_order: Tensor | None = None,  # [V]
+    stats: HeadStats | None = None,
 ) -> LossOutput:
     """`bco_loss` of a batch, from last hidden states and the lm-head weight.
 
@@ -62,6 +64,8 @@ def fused_bco_loss(
         backend=backend,
         workspace_bytes=workspace_bytes,
         sparse_tolerance=sparse_tolerance,
+        vocab_order=vocab_order,
+        stats=stats,
     )
     logps = sequence_logps(token_logps, cu_seqlens=cu_seqlens)
     if isinstance(delta, RewardShift) and logps.requires_grad:
@@ -87,6 +91,8 @@ def fused_bnf_loss(
     backend: Literal["auto", "triton", "torch", "reference"] = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
+    vocab_order: Tensor | None = None,  # [V]
+    stats: HeadStats | None = None,
 ) -> LossOutput:
     """`bnf_loss` of a batch, from last hidden states and the lm-head weight; no [N, V] tensor anywhere.
 
@@ -114,6 +120,8 @@ def fused_bnf_loss(
         backend=backend,
         workspace_bytes=workspace_bytes,
         sparse_tolerance=sparse_tolerance,
+        vocab_order=vocab_order,
+        stats=stats,
     )
     return bnf_loss(
         token_logps,

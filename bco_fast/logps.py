@@ -36,6 +36,10 @@ class HeadStats:
         """Proved bound on the relative L1 error of the logits' gradient; 0.0 for the dense, exact backward."""
         return self._read(1)
 
+    def clear(self) -> None:
+        """As if no backward had filled it in."""
+        self._report.fill_(math.nan)
+
     def _read(self, index: int) -> float | None:
         value = float(self._report[index])
         return None if math.isnan(value) else value

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .logps import fused_linear_logps
+from .logps import HeadStats, fused_linear_logps
 
 TARGETS = "logp_targets"
 ENTROPY = "logp_entropy"
@@ -33,8 +33,8 @@ class _Switch(NamedTuple):
 class _HeadCall:
     """What the patched head needs; `targets` only during a forward pass that wants log-probabilities."""
 
-    backend: str
-    workspace_bytes: int
+    options: dict[str, object]
+    """Of `fused_linear_logps`, as `patch_model` was given them."""
     logit_scale: float = 1.0
     softcap: float | None = None
     switches: list[_Switch] = field(default_factory=list)
@@ -51,6 +51,9 @@ class _LogpLinear(nn.Linear):
         call = self.bco_fast
         if call.targets is None:
             return super().forward(hidden)
+        order = call.options["vocab_order"]
+        if order is not None and order.device != hidden.device:
+            call.options["vocab_order"] = order.to(hidden.device)
         out = fused_linear_logps(
             hidden,
             self.weight,
@@ -59,10 +62,10 @@ class _LogpLinear(nn.Linear):
             logit_scale=call.logit_scale,
             softcap=call.softcap,
             return_entropy=call.entropy,
-            backend=call.backend,
-            workspace_bytes=call.workspace_bytes,
+            **call.options,
         )
-        return torch.stack(out, dim=-1) if call.entropy else out
+        # A gradient of 0 through the entropy would cost as much as any other.
+        return torch.stack((out[0], out[1].detach()), dim=-1) if call.entropy else out
 
 
 def _move_post_head(model: nn.Module, call: _HeadCall) -> None:
@@ -136,19 +139,26 @@ def _check_kind(model: nn.Module) -> None:
 
 
 def patch_model(
-    model: nn.Module, *, backend: str = "auto", workspace_bytes: int = 256 << 20, verify: bool = True
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+    vocab_order: Tensor | None = None,  # [V]
+    stats: HeadStats | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """Make a Hugging Face causal model return token log-probabilities when it is called with `logp_targets`.
 
         logps = model(input_ids, attention_mask=mask, logp_targets=targets, use_cache=False).logits     # [B, T]
 
     `logp_targets[b, t]` is the token that position t predicts, -100 where nobody asks; with `logp_entropy=True` the
-    result is [B, T, 2], log-probabilities and entropies. Any other call is unchanged.
+    result is [B, T, 2], log-probabilities and entropies, the latter without gradient. Any other call is unchanged.
     The model is patched in place; patching it again only updates the options.
 
     Args:
         model: a causal language model whose output embedding is a plain `nn.Linear`.
-        backend, workspace_bytes: of `fused_linear_logps`.
+        backend, workspace_bytes, sparse_tolerance, vocab_order, stats: of `fused_linear_logps`.
         verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
             logits which this library does not know.
 
@@ -165,13 +175,20 @@ def patch_model(
     for linear in linears:
         if type(linear) not in (nn.Linear, _LogpLinear):
             raise TypeError(_refusal(model, linear))
+    options = {
+        "backend": backend,
+        "workspace_bytes": workspace_bytes,
+        "sparse_tolerance": sparse_tolerance,
+        "vocab_order": vocab_order,
+        "stats": stats,
+    }
     fresh = [linear for linear in linears if type(linear) is nn.Linear]
     for linear in linears:
         if linear not in fresh:
-            linear.bco_fast.backend, linear.bco_fast.workspace_bytes = backend, workspace_bytes
+            linear.bco_fast.options = options
     if not fresh:
         return model
-    call = _HeadCall(backend, workspace_bytes)
+    call = _HeadCall(options)
     _move_post_head(model, call)
     for linear in fresh:
         linear.__class__ = _LogpLinear

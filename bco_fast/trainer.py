@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .composition import StratifiedSampler, balancing_weights, mismatched, overs
 from .config import FeedbackConfig
 from .data import FeedbackDataset, collate, load_feedback
 from .loading import add_adapter, load_model
+from .logps import HeadStats, frequency_order
 from .loss_output import LossOutput, reduction_weights, token_weights
 from .memory import chunk_mlps, offload_activations
 from .metrics import auc, unpaired_metrics, unpaired_sums
@@ -51,20 +53,30 @@ class _FeedbackState(TrainerCallback, ExportableState):
 
     def __init__(self, shift: RewardShift):
         self.shift = shift
+        self.head = HeadStats()
         self.sums: Tensor | None = None
 
     def add(self, loss: Tensor, steps: int, kl: Tensor | float, sums: Tensor) -> None:
         """One micro-batch: its part of the step's loss, 1 and z_ref if a step begins with it, its `unpaired_sums`."""
         head = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=sums.device) for x in (loss, steps, kl)])
-        sums = torch.cat([head, sums])
+        sums = torch.cat([head, sums.new_zeros(3, dtype=torch.float64), sums])
+        self.add_backward()
         self.sums = sums if self.sums is None else self.sums + sums
 
+    def add_backward(self) -> None:
+        """What the last backward of a sparse head said of itself; once."""
+        if self.sums is not None and self.head.rho is not None:
+            self.sums[3:6] += torch.tensor([self.head.rho, self.head.certified, 1.0], dtype=torch.float64).to(self.sums)
+            self.head.clear()
+
     def take(self, device: torch.device) -> Tensor | None:
-        """The window's sums over all ranks (loss, steps, z_ref, `unpaired_sums`); the next window starts empty.
+        """The window's sums over all ranks (loss, steps, z_ref, three of the sparse head, `unpaired_sums`); the next window
+        starts empty.
 
         Every rank must call it: one that had no micro-batch since the last call adds zeros.
         """
-        empty = torch.zeros(12, dtype=torch.float64, device=device)
+        empty = torch.zeros(15, dtype=torch.float64, device=device)
+        self.add_backward()
         sums, self.sums = empty if self.sums is None else self.sums, None
         sums = _all_reduce(sums)
         return sums if sums[1] > 0 else None
@@ -80,6 +92,7 @@ class _FeedbackState(TrainerCallback, ExportableState):
             self.sums = None if sums is None else torch.tensor(sums, dtype=torch.float64, device=args.device)
 
     def state(self) -> dict:
+        self.add_backward()
         sums = None if self.sums is None else self.sums.tolist()
         return {"args": {}, "attributes": {"shift": self.shift.state_dict(), "sums": sums}}
 
@@ -166,12 +179,19 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
                 train_dataset = oversample(train_dataset, args.seed)
             self.class_weights = self._class_weights(train_dataset, args)
         self._check_positions(model, args.max_length)
-        patch_model(model, backend=args.backend, workspace_bytes=args.workspace_bytes)
+        self.feedback = _FeedbackState(args.new_shift())
+        patch_model(
+            model,
+            backend=args.backend,
+            workspace_bytes=args.workspace_bytes,
+            sparse_tolerance=args.sparse_tolerance,
+            vocab_order=self._vocab_order(model, train_dataset, args),
+            stats=self.feedback.head if args.sparse_tolerance else None,
+        )
         if args.mlp_chunk_tokens is not None:
             logger.info(
                 "%d MLPs run over %d tokens at a time", chunk_mlps(model, args.mlp_chunk_tokens), args.mlp_chunk_tokens
             )
-        self.feedback = _FeedbackState(args.new_shift())
         super().__init__(
             model=model,
             args=args,
@@ -208,6 +228,17 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
                 f"{'as' if dataset.paired else 'without'} pairs: load_feedback(..., needs={self.objective.data!r})"
             )
         return dataset
+
+    @staticmethod
+    def _vocab_order(model: nn.Module, dataset: FeedbackDataset | None, args: FeedbackConfig) -> Tensor | None:
+        """Token ids by falling frequency in the completions of the training data."""
+        if args.vocab_order != "counts" or dataset is None or not args.sparse_tolerance:
+            return None
+        tokens = [example.input_ids[example.completion_start :] for example in dataset.examples]
+        weight = model.get_output_embeddings().weight
+        size = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty weight on each rank
+        counts = torch.bincount(torch.as_tensor(np.concatenate(tokens)).long(), minlength=size)
+        return frequency_order(counts[:size])
 
     @staticmethod
     def _class_weights(dataset: FeedbackDataset, args: FeedbackConfig) -> tuple[float, float]:
@@ -502,8 +533,10 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             if sums is not None:
                 steps = sums[1] / self.accelerator.num_processes
                 logs["loss"] = float(sums[0] / steps)
-                logs.update(_present(unpaired_metrics(sums[3:])))
+                logs.update(_present(unpaired_metrics(sums[6:])))
                 logs["delta"] = self._delta()
+                if sums[5] > 0:
+                    logs["head/rho"], logs["head/certified"] = (sums[3:5] / sums[5]).tolist()
                 if self.args.loss_type == "kto":
                     logs["kl"] = float(sums[2] / sums[1])
         super().log(logs, start_time)

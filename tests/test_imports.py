@@ -52,7 +52,7 @@ ARROWS = {
     "packing": {"torch", "data", "models", "sequences"},
     "trainer": {
         "torch", "transformers", "cache", "composition", "config", "data", "loading", "loss_output", "memory", "metrics",
-        "models", "packing", "references", "resume", "reward_shift", "run_record",
+        "models", "packing", "references", "resume", "reward_shift", "run_record", "numpy", "logps",
     },
     "model_card": set(),
     "run_record": {"torch", "transformers", "config", "data", "files", "memory", "model_card"},
