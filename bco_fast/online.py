@@ -24,20 +24,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .chat import Message
 from .composition import mismatched
 from .config import FeedbackConfig, _option
-from .data import Example, FeedbackDataset, FeedbackError, collate
+from .data import Example, FeedbackDataset, collate
 from .files import atomic_text
-from .generation import GenerationError, draw, read_json_records
+from .generators import Generator, HuggingFaceGenerator, VllmGenerator
 from .models import patch_model
+from .online_prompts import Prompt, is_chat, prompt_ids, read_prompts
 from .references import token_logps
 from .rewards import RewardError, score
 from .trainer import FeedbackTrainer
 
 logger = logging.getLogger("bco_fast")
-
-Generator = Callable[[nn.Module, Sequence[Sequence[int]], int], list[list[int]]]
-"""(policy, prompts as token ids, seed) -> completions as token ids, one per prompt, EOS included where one was sampled."""
 
 
 @dataclass
@@ -58,7 +57,15 @@ class OnlineConfig(FeedbackConfig):
     max_new_tokens: int = _option(256, "Tokens of a completion at most.")
     temperature: float = _option(0.7, "Of sampling, > 0.")
     top_p: float = _option(0.95, "Nucleus of sampling, (0, 1].")
-    generation_batch_size: int = _option(64, "Prompts in one call of generate.")
+    generation_batch_size: int = _option(64, "Prompts in one call of generate; vLLM makes its own batches.")
+    generator: str = _option(
+        "hf",
+        "What samples: hf, the policy's own generate, or vllm, an engine on the same GPU that gets its weights each round.",
+        choices=["hf", "vllm"],
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "Share of the GPU's memory that vLLM takes while it samples, (0, 1]."
+    )
     reward_scale: str = _option(
         "none",
         "What una_score makes of rewards: none (they are in [0, 1]), sigmoid, or minmax over the round.",
@@ -83,72 +90,19 @@ class OnlineConfig(FeedbackConfig):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature must be > 0 and top_p in (0, 1], not {self.temperature} and {self.top_p}")
+        if self.generator not in ("hf", "vllm"):
+            raise ValueError(f"generator must be hf or vllm, not {self.generator!r}")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], not {self.vllm_gpu_memory_utilization}")
         if self.reward_scale != "none" and self.loss_type != "una_score":
             raise ValueError(f"{self.loss_type} does not read reward_scale (given: {self.reward_scale!r})")
-
-
-class HuggingFaceGenerator:
-    """`model.generate`, left-padded and in batches; the caller's random state is left as it was.
-
-    Args:
-        temperature: 0 for greedy decoding.
-    """
-
-    def __init__(
-        self,
-        tokenizer,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.7,
-        top_p: float = 0.95,
-        batch_size: int = 64,
-    ):
-        self.eos = tokenizer.eos_token_id
-        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.batch_size = batch_size
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        self.options = {"max_new_tokens": max_new_tokens, **(sampling if temperature else {"do_sample": False})}
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
-        # Longest first: prompts of like length share a batch, and memory peaks in the first.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        options = {"pad_token_id": self.pad, "eos_token_id": self.eos, **self.options}
-        drawn = draw(model, prompts, order, options, batch_size=self.batch_size, seed=seed)
-        return [_until_eos(tokens, self.eos) for tokens in drawn]
-
-
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-
-
-def read_prompts(source: str | os.PathLike | Iterable[str | Mapping]) -> list[dict]:
-    """Prompts of a JSONL file, or an iterable of strings or of dicts with `prompt`; further columns reach the reward.
-
-    Raises:
-        FeedbackError: the file cannot be read, a prompt is missing or empty, or there is none; names the row.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            records = [record for _, record in read_json_records(source)]
-        except GenerationError as error:
-            raise FeedbackError(str(error)) from None
-    else:
-        records = list(source)
-    rows = [{"prompt": record} if isinstance(record, str) else record for record in records]
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise FeedbackError(f"row {number}: prompt is missing, empty or not a string")
-    if not rows:
-        raise FeedbackError("no prompts")
-    return [dict(row) for row in rows]
 
 
 @dataclass(frozen=True)
 class _Sampled:
     """One completion of a round, before and after it was judged."""
 
-    prompt: str
+    prompt: Prompt
     columns: dict
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -181,12 +135,13 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         args: an `OnlineConfig`.
         prompts: see `read_prompts`.
         reward: a callable with TRL's reward signature, `reward(prompts=[...], completions=[...], **columns)` -> numbers,
-            where columns are the prompts' further ones; `rewards.SequenceReward` makes one of a classification model.
+            where columns are the prompts' further ones; prompts that are chats come as messages, their completions as
+            lists of one message. `rewards.SequenceReward` makes one of a classification model.
         processing_class: the tokenizer.
         eval_prompts: held-out prompts; `evaluate` samples them and reports `eval_reward`.
         ref_model: the reference, which stays in memory. Without it the base of an adapted model, or else a copy of
             `model`, is.
-        generator: what samples; `HuggingFaceGenerator` with the options of `args` by default.
+        generator: what samples, in place of what `args.generator` names.
         **kwargs: of `FeedbackTrainer`.
 
     Completions and rewards of every round are kept in output_dir/rounds/round-NNNNN.jsonl, a feedback file that offline
@@ -202,10 +157,10 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         self,
         model: nn.Module | str,
         args: OnlineConfig,
-        prompts: str | os.PathLike | Iterable[str | Mapping],
+        prompts: str | os.PathLike | Iterable[str | Sequence[Message] | Mapping],
         reward: Callable[..., Sequence[float]],
         processing_class=None,
-        eval_prompts: str | os.PathLike | Iterable[str | Mapping] | None = None,
+        eval_prompts: str | os.PathLike | Iterable[str | Sequence[Message] | Mapping] | None = None,
         ref_model: nn.Module | None = None,
         generator: Generator | None = None,
         **kwargs,
@@ -213,16 +168,9 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         if not isinstance(args, OnlineConfig):
             raise TypeError(f"args must be an OnlineConfig, not {type(args).__name__}")
         super().__init__(model, args, processing_class=processing_class, ref_model=ref_model, **kwargs)
-        self.reward, self.tokenizer = reward, processing_class
+        self.reward, self.tokenizer = reward, self.processing_class
         self.prompts = self._tokenized(read_prompts(prompts))
         self.eval_prompts = None if eval_prompts is None else self._tokenized(read_prompts(eval_prompts))
-        self.generator = generator or HuggingFaceGenerator(
-            processing_class,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            batch_size=args.generation_batch_size,
-        )
         ranks = self.accelerator.num_processes
         step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
         self.round_rows, rest = divmod(args.steps_per_round * step_rows, args.replay_epochs)
@@ -235,14 +183,28 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         self.data_collator = _numbers
         self._round: tuple[int, FeedbackDataset] | None = None
         self._resident = self._resident_reference(ref_model)
+        self.generator = generator or self._new_generator()
+
+    def _new_generator(self) -> Generator:
+        args = self.args
+        sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+        if args.generator == "hf":
+            return HuggingFaceGenerator(self.tokenizer, batch_size=args.generation_batch_size, **sampling)
+        path = self.accelerator.unwrap_model(self.model).config.name_or_path
+        if not path:
+            raise ValueError(
+                "generator vllm reads the model's architecture from its folder: pass a model that was loaded"
+            )
+        memory = args.vllm_gpu_memory_utilization
+        return VllmGenerator(
+            path, self.tokenizer, max_length=args.max_length, gpu_memory_utilization=memory, **sampling
+        )
 
     def _tokenized(self, rows: list[dict]) -> list[tuple[dict, list[int]]]:
-        eos, room = self.tokenizer.eos_token_id, self.args.max_length - self.args.max_new_tokens
+        room = self.args.max_length - self.args.max_new_tokens
         if room < 1:
             raise ValueError(f"max_new_tokens {self.args.max_new_tokens} leaves no room for a prompt in max_length")
-        ids = self.tokenizer([row["prompt"] for row in rows])["input_ids"]
-        ids = [tokens[:-1] if len(tokens) > 1 and tokens[-1] == eos else tokens for tokens in ids]
-        return [(row, tokens[-room:]) for row, tokens in zip(rows, ids, strict=True)]
+        return [(row, tokens[-room:]) for row, tokens in zip(rows, prompt_ids(rows, self.tokenizer), strict=True)]
 
     def _resident_reference(self, ref_model: nn.Module | None) -> nn.Module | None:
         """The model to keep in memory as reference; None where it is the base of the adapted policy."""
@@ -364,7 +326,11 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
     def _rewarded(self, sampled: list[_Sampled]) -> list[_Sampled]:
         names = sorted({name for row in sampled for name in row.columns})
         columns = {name: [row.columns.get(name) for row in sampled] for name in names}
-        values = score(self.reward, [row.prompt for row in sampled], [row.completion for row in sampled], **columns)
+        completions = [
+            [{"role": "assistant", "content": row.completion}] if is_chat(row.prompt) else row.completion
+            for row in sampled
+        ]
+        values = score(self.reward, [row.prompt for row in sampled], completions, **columns)
         return [replace(row, reward=float(value)) for row, value in zip(sampled, values, strict=True)]
 
     def _scores(self, rewards: list[float]) -> list[float]:

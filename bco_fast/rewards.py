@@ -3,8 +3,8 @@
     def reward(prompts: list[str], completions: list[str], **columns) -> list[float]
 
 is the signature of TRL's `reward_funcs`: it is called by keyword, `columns` are further columns of the prompts' file, one
-value per prompt, and it returns one finite number per completion; more is better. Whatever else comes back stops the
-work with an error that names a prompt.
+value per prompt, and it returns one finite number per completion; more is better. Where prompts are chats, a prompt is a
+list of messages and a completion a list of one. Whatever else comes back stops the work with an error that names a prompt.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def _culprit(reward: Reward, prompts: list, completions: list, columns: dict, er
 class SequenceReward:
     """The one logit of a Hugging Face sequence-classification model, as a reward.
 
-    A tokenizer with a chat template reads the prompt as the user's turn and the completion as the assistant's; one
-    with a separator token (BERT, DeBERTa) reads them as a pair; any other reads tok(prompt) + tok(completion) + EOS,
-    as in training. A text that is too long loses the beginning of its prompt first; how many did is logged.
+    A tokenizer with a chat template reads the prompt as the user's turn and the completion as the assistant's, chats as
+    they are; one with a separator token (BERT, DeBERTa) reads them as a pair; any other reads tok(prompt) +
+    tok(completion) + EOS, as in training. The last two read texts only. A text that is too long loses the beginning of its prompt first; how many did is logged.
 
     Args:
         model_or_path: the model, which stays on its device; or a folder or Hub name, loaded in its stored dtype onto
@@ -165,7 +165,7 @@ class SequenceReward:
         self.model.eval()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    def __call__(self, prompts: Sequence[str | list], completions: Sequence[str | list], **columns) -> list[float]:
         texts = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
         cut = sum(was_cut for _, was_cut in texts)
         if cut:
@@ -180,13 +180,15 @@ class SequenceReward:
                 rewards[i] = logit
         return rewards
 
-    def _encode(self, prompt: str, completion: str) -> tuple[dict[str, list[int]], bool]:
+    def _encode(self, prompt: str | list, completion: str | list) -> tuple[dict[str, list[int]], bool]:
         """Token ids (and token types, for a pair), and whether they were cut."""
         tok, limit = self.tokenizer, self.max_length
         if tok.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            turns = [*_messages("user", prompt), *_messages("assistant", completion)]
             ids = tok.apply_chat_template(turns, tokenize=True, return_dict=False)
             return {"input_ids": ids[-limit:]}, len(ids) > limit
+        if not isinstance(prompt, str):
+            raise RewardError(f"prompts are chats, and the tokenizer of {self.__name__} has no chat template")
         if tok.sep_token_id is not None:
             whole = tok(prompt, completion)
             keep = [name for name in ("input_ids", "token_type_ids") if name in whole]
@@ -216,6 +218,10 @@ class SequenceReward:
         }
         lengths = torch.tensor([len(t["input_ids"]) for t in texts])
         return batch | {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+
+
+def _messages(role: str, said: str | list) -> list:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def _load(path: str, tokenizer):

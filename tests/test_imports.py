@@ -70,8 +70,10 @@ ARROWS = {
     "integrations/__init__": set(),
     "integrations/trl": {"torch", "transformers", "trl", "losses", "models", "reward_shift", "sequences"},
     "rewards": {"torch", "transformers", "data"},
+    "generators": {"torch", "vllm", "generation"},
+    "online_prompts": {"chat", "generation", "sources"},
     "online": {
-        "numpy", "torch", "transformers", "composition", "config", "data", "files", "generation", "models", "packing", "references", "rewards", "trainer",
+        "numpy", "torch", "transformers", "chat", "composition", "config", "data", "files", "generators", "models", "online_prompts", "packing", "references", "rewards", "trainer",
     },
     "trl_compat": {"transformers", "config", "trainer"},
     "demo": {

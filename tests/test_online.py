@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_chat import TOKENIZER as CHAT_TOKENIZER
 from test_trainer import TOKENIZER, _parameters
 
-from bco_fast import demo, online
+from bco_fast import FeedbackError, demo, load_feedback, online
 from bco_fast.data import read_rows
 from bco_fast.online import HuggingFaceGenerator, OnlineConfig, OnlineFeedbackTrainer, read_prompts
 from bco_fast.rewards import RewardError
 
 PROMPTS = demo.all_prompts()[:40]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def _reward(prompts, completions, **columns):
@@ -292,3 +294,74 @@ def test_rounds_of_an_earlier_run_are_not_overwritten(tmp_path):
 def test_bad_prompts_are_named(source, message):
     with pytest.raises(ValueError, match=message):
         read_prompts(source)
+
+
+CHATS = [
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {word}, not </s>."}]
+    for word in ("one", "two", "three", "four")
+]
+
+
+def _chat_trainer(tmp_path, prompts=CHATS, reward=None, tokenizer=CHAT_TOKENIZER, **options):
+    model = tiny.model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=256)
+    config = _config(tmp_path, max_length=256, max_steps=2, max_new_tokens=4, per_device_train_batch_size=4, **options)
+    reward = reward or (lambda prompts, completions, **columns: [0.25] * len(prompts))
+    return OnlineFeedbackTrainer(model, config, prompts, reward, processing_class=tokenizer)
+
+
+def test_chats_are_rendered_as_offline_training_renders_the_round(tmp_path):
+    asked = []
+
+    def reward(prompts, completions, **columns):
+        asked.extend(zip(prompts, completions, strict=True))
+        return [0.25] * len(prompts)
+
+    trainer = _chat_trainer(tmp_path, [{"prompt": chat, "tools": TOOLS} for chat in CHATS], reward)
+    trainer.train()
+    (file,) = _rounds(tmp_path)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(row["prompt"] in CHATS for row in rows)
+    for row, (prompt, completion) in zip(rows, asked, strict=True):  # TRL's form of chats
+        assert prompt == row["prompt"]
+        assert completion == [{"role": "assistant", "content": row["completion"]}]
+    template = CHAT_TOKENIZER.apply_chat_template(CHATS[0], tools=TOOLS, add_generation_prompt=True, tokenize=False)
+    first = next(row for row in rows if row["prompt"] == CHATS[0])
+    assert CHAT_TOKENIZER.decode(first["prompt_ids"]) == template
+    assert CHAT_TOKENIZER.convert_tokens_to_ids("</s>") not in first["prompt_ids"]  # what a message says is data
+    for row in rows:
+        row["completion"] = row["completion"] or "nothing"  # offline an empty completion is a bad row
+    dataset = load_feedback(rows, CHAT_TOKENIZER, max_length=256)
+    for row, example in zip(rows, dataset.examples, strict=True):
+        assert example.input_ids[: example.completion_start].tolist() == row["prompt_ids"]
+
+
+def test_a_chat_round_resumes(tmp_path):
+    broken = iter([math.nan, 0.25])
+    reward = lambda prompts, completions, **columns: [next(broken)] + [0.5] * (len(prompts) - 1)  # noqa: E731
+    with pytest.raises(RewardError, match="checkpoint-0"):
+        _chat_trainer(tmp_path, reward=reward).train()
+    resumed = _chat_trainer(tmp_path, reward=reward)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-0"))
+    assert resumed.state.global_step == 2
+    assert len(_rounds(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", CHATS[0]], "row 1: prompts are all strings or all chat"),
+        ([CHATS[0], [*CHATS[0], {"role": "assistant", "content": "x"}]], "row 1: prompt ends with the assistant"),
+        ([[{"role": "wizard", "content": "x"}]], r"row 0: the role of prompt\[0\]"),
+        ([{"prompt": CHATS[0], "tools": "{"}], "row 0: tools is not JSON"),
+        ([[]], "row 0: prompt is missing"),
+    ],
+    ids=["mixed", "assistant", "role", "tools", "empty"],
+)
+def test_bad_chats_are_named(prompts, message):
+    with pytest.raises(FeedbackError, match=message):
+        read_prompts(prompts)
+
+
+def test_chats_need_a_template(tmp_path):
+    with pytest.raises(FeedbackError, match="no chat template"):
+        OnlineFeedbackTrainer(tiny.model(), _config(tmp_path), CHATS, _reward, processing_class=TOKENIZER)

@@ -131,6 +131,10 @@ def test_a_chat_template_is_used():
     with torch.no_grad():
         expected = float(model.score(model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]))
     assert SequenceReward(model, tokenizer)(["two fruit"], ["apple pear"]) == pytest.approx([expected], abs=1e-5)
+    chat = [{"role": "user", "content": "two fruit"}], [{"role": "assistant", "content": "apple pear"}]
+    assert SequenceReward(model, tokenizer)(*([side] for side in chat)) == pytest.approx([expected], abs=1e-5)
+    with pytest.raises(RewardError, match="no chat template"):
+        SequenceReward(model, plain)(*([side] for side in chat))
 
 
 def test_an_encoder_reads_a_pair(tmp_path):
