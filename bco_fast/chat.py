@@ -11,11 +11,14 @@ a turn or opens a system message from inside one; template syntax ("{{ x }}") is
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .sources import FeedbackError, Flaw, shortened
 
@@ -136,6 +139,29 @@ class Rendering:
     prompt: str
     completions: tuple[str, ...]
     literals: dict[str, str]
+
+
+def with_template(tokenizer, template: str | os.PathLike | None):
+    """A copy of the tokenizer with another chat template; the tokenizer itself where `template` is None.
+
+    Args:
+        template: the path of a Jinja file, or the template as text.
+
+    Raises:
+        FeedbackError: it is neither a readable file nor a template.
+    """
+    if template is None:
+        return tokenizer
+    text = str(template)
+    if "{" not in text:  # a template without a tag would say the same of every conversation
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise FeedbackError(f"chat_template {template}: neither a template nor a file ({reason})") from None
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = text
+    return tokenizer
 
 
 class ChatEncoder:

@@ -6,9 +6,10 @@ import json
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bco_fast import FeedbackError, cli, load_feedback
+from bco_fast.chat import with_template
 from bco_fast.data import read_rows, split_by_prompt, unpair
 
 CHATML = (
@@ -328,3 +329,28 @@ def test_chats_train_from_the_command_line(tmp_path, capfd):
     assert cli.main([str(argument) for argument in arguments]) == 0
     summary = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     assert summary["rows"] + summary["held_out_rows"] == summary["cache_computed"] == 30
+
+
+THOUGHT = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+
+
+def test_a_template_that_opens_a_thought_can_be_replaced(tmp_path):
+    row = {"prompt": [USER], "completion": "4", "label": True}
+    thinking = _tokenizer(THOUGHT)
+    with pytest.raises(FeedbackError, match="goes on with '<think>"):
+        load_feedback([row], thinking)
+    (tmp_path / "plain.jinja").write_text(CHATML, encoding="utf-8")
+    for template in (CHATML, tmp_path / "plain.jinja", str(tmp_path / "plain.jinja")):
+        replaced = with_template(thinking, template)
+        expected = load_feedback([row], TOKENIZER).examples[0].key
+        assert load_feedback([row], replaced).examples[0].key == expected
+    assert thinking.chat_template == THOUGHT  # the caller's tokenizer is left as it is
+    assert with_template(thinking, None) is thinking
+    replaced.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == CHATML
+
+
+@pytest.mark.parametrize("template", ["", "/nowhere.jinja", "plain text"])
+def test_what_is_no_template_is_named(template):
+    with pytest.raises(FeedbackError, match="neither a template nor a file"):
+        with_template(TOKENIZER, template)
