@@ -107,6 +107,9 @@ class FeedbackConfig(TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Tokens a prompt keeps, from its end, in a row that is too long. Default: half of max_length."
     )
+    chat_template: str | None = _option(
+        None, "Chat template in place of the tokenizer's: the path of a Jinja file, or the template. Default: its own."
+    )
     on_bad_row: str = _option(
         "error", "What a bad row of feedback does: error, or skip (counted and reported).", choices=["error", "skip"]
     )

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .cache import ReferenceCache, default_cache_dir
+from .chat import with_template
 from .composition import StratifiedSampler, balancing_weights, mismatched, oversample
 from .config import FeedbackConfig
 from .data import FeedbackDataset, collate, load_feedback
@@ -148,6 +149,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             raise TypeError(f"args must be a FeedbackConfig, not {type(args).__name__}")
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the tokenizer")
+        processing_class = with_template(processing_class, args.chat_template)
         if isinstance(model, (str, os.PathLike)):
             model = load_model(model, args)
         if (args.use_peft or peft_config is not None) and not hasattr(model, "peft_config"):
