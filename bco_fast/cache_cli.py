@@ -66,6 +66,7 @@ def build(arguments: list[str]) -> None:
     parser.add_argument("--on_bad_row", "--on-bad-row", choices=["error", "skip"], default="error")
     parser.add_argument("--columns", help="as for train")
     parser.add_argument("--score_scale", "--score-scale", help="as for train")
+    parser.add_argument("--chat_template", "--chat-template", help="as for train")
     parser.add_argument(
         "--reference_tokens_per_batch", "--reference-tokens-per-batch", type=int, default=8192,
         help="padded tokens in one forward pass",

@@ -1,4 +1,4 @@
-"""bco-fast: the command line. The last line of `train` and `demo` on standard output is one line of JSON."""
+"""bco-fast: the command line. The last line of `train`, `online` and `demo` on standard output is one line of JSON."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
         "train": train,
+        "online": online,
         "demo": demo,
         "cache": cache,
         "convert": convert,
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(__doc__ + "\n    bco-fast train --model PATH --data FILE --output_dir DIR   align a model from feedback"
+                  "\n    bco-fast online --model PATH --prompts FILE --reward REWARD --output_dir DIR   align it on its own completions"
                   "\n    bco-fast cache build|inspect|verify|export|prune           the reference log-probabilities on disk"
                   "\n    bco-fast demo [--output_dir DIR]                            the whole story on a tiny model"
                   "\n    bco-fast convert --data FILE --recipe NAME --to KIND --output FILE   a public dataset as feedback"
@@ -75,12 +77,14 @@ def _own_train_parser() -> _Parser:
     """Options of `train` that are no field of `FeedbackConfig`. What is required may come from --config too."""
     own = _Parser(prog="bco-fast train", add_help=False, allow_abbrev=False)
     own.add_argument("--config", help="YAML file of options, this one excepted; flags win over it")
-    own.add_argument("--model", help="folder of a Hugging Face causal language model, or a Hub name; required")
     own.add_argument(
-        "--data",
+        "--model", metavar="PATH", help="folder of a Hugging Face causal language model, or a Hub name; required"
+    )
+    own.add_argument(
+        "--data", metavar="FILE",
         help="feedback: prompt, completion and label or score; or prompt, chosen, rejected; weight is optional. A file "
         "(JSONL, JSON, CSV, Parquet) or a Hub name, owner/dataset:split; required",
-    )
+    )  # fmt: skip
     own.add_argument("--eval_data", "--eval-data", help="held-out feedback; default: a share of --data")
     own.add_argument(
         "--eval_fraction", "--eval-fraction", type=float, default=0.1,
@@ -91,19 +95,31 @@ def _own_train_parser() -> _Parser:
 
 def _parse_train(arguments: list[str]):
     """-> (namespace of our own options, FeedbackConfig)."""
+    from .config import FeedbackConfig
+
+    about = "Align a language model from thumbs up and down."
+    return _parse_run("train", about, _own_train_parser(), ("model", "data"), FeedbackConfig, arguments)
+
+
+def _parse_run(command: str, about: str, own: _Parser, required: tuple[str, ...], config_class: type, arguments: list):
+    """Options of a command that trains: its own and the fields of a config, from flags and a --config file.
+
+    Args:
+        required: options of `own` that must be given, here or in the file.
+
+    Returns:
+        (namespace of `own`, config)
+    """
     import typing
 
     from transformers import HfArgumentParser
 
-    from .config import FeedbackConfig
-
     class Parser(_Parser, HfArgumentParser):
         pass
 
-    own = _own_train_parser()
-    known = Parser(FeedbackConfig, allow_abbrev=False, add_help=False)
+    known = Parser(config_class, allow_abbrev=False, add_help=False)
     if any(a in ("-h", "--help") for a in arguments):
-        print(_train_help(own, known))
+        print(_run_help(command, about, own, required, known, config_class))
         raise SystemExit(0)
     path = own.parse_known_args(arguments)[0].config
     if path is not None:
@@ -112,7 +128,7 @@ def _parse_train(arguments: list[str]):
         types = {action.dest: action.type or str for action in own._actions if action.dest != "config"}
         choices = {action.dest: action.choices for action in known._actions if action.choices}
         try:
-            from_file = read_config(path, types | typing.get_type_hints(FeedbackConfig), choices)
+            from_file = read_config(path, types | typing.get_type_hints(config_class), choices)
             known.parse_args(own.parse_known_args(from_file)[1])
         except ConfigError as error:
             raise UsageError(f"--config {error}") from None
@@ -120,34 +136,32 @@ def _parse_train(arguments: list[str]):
             raise UsageError(f"--config {path}: {error}") from None
         arguments = [*from_file, *arguments]
     options, rest = own.parse_known_args(arguments)
-    for path in (options.model, options.data, options.eval_data):
-        if path is not None and path.startswith(("-",)):
-            raise UsageError(f"{path!r} is not a path")
+    for name, value in vars(options).items():
+        if isinstance(value, str) and name != "config" and value.startswith("-"):
+            raise UsageError(f"{value!r} is not a path")
     namespace, unknown = known.parse_known_args(rest)
     if unknown:
         flags = [flag for parser in (own, known) for flag in parser._option_string_actions]
         raise UsageError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].split('=')[0], flags)}")
-    given = {"--model": options.model, "--data": options.data, "--output_dir": namespace.output_dir}
-    missing = [flag for flag, value in given.items() if value is None]
+    given = {**{name: getattr(options, name) for name in required}, "output_dir": namespace.output_dir}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing:
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
-    fields = {f for f in FeedbackConfig.__dataclass_fields__ if FeedbackConfig.__dataclass_fields__[f].init}
+    fields = {name for name, option in config_class.__dataclass_fields__.items() if option.init}
     try:
-        return options, FeedbackConfig(**{name: value for name, value in vars(namespace).items() if name in fields})
+        return options, config_class(**{name: value for name, value in vars(namespace).items() if name in fields})
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(" ".join(str(error).split())) from None
 
 
-def _train_help(own: argparse.ArgumentParser, known: argparse.ArgumentParser) -> str:
+def _run_help(command, about, own, required, known, config_class) -> str:
     """Our own options first; a default is shown unless the text says it."""
     from transformers import TrainingArguments
-
-    from .config import FeedbackConfig
 
     theirs = set(TrainingArguments.__dataclass_fields__)
     changed = {
         name
-        for name, option in FeedbackConfig.__dataclass_fields__.items()
+        for name, option in config_class.__dataclass_fields__.items()
         if name not in theirs or option.metadata != TrainingArguments.__dataclass_fields__[name].metadata
     }
     # each option once: under its first spelling, without the --no_ twins of those that are on
@@ -157,13 +171,11 @@ def _train_help(own: argparse.ArgumentParser, known: argparse.ArgumentParser) ->
         "objective, data and reference": [a for a in actions if a.dest in changed],
         "of transformers.TrainingArguments": [a for a in actions if a.dest not in changed | {"output_dir"}],
     }
-    formatter = argparse.HelpFormatter("bco-fast train", max_help_position=32, width=110)
-    formatter.add_usage(
-        "bco-fast train --model PATH --data FILE --output_dir DIR [--config FILE] [--OPTION VALUE ...]", [], []
-    )
-    formatter.add_text(
-        "Align a language model from thumbs up and down. Dashes and underscores in options are the same."
-    )
+    formatter = argparse.HelpFormatter(f"bco-fast {command}", max_help_position=32, width=110)
+    metavars = {action.dest: action.metavar or "FILE" for action in own._actions}
+    needed = " ".join(f"--{name} {metavars[name]}" for name in required)
+    formatter.add_usage(f"bco-fast {command} {needed} --output_dir DIR [--config FILE] [--OPTION VALUE ...]", [], [])
+    formatter.add_text(f"{about} Dashes and underscores in options are the same.")
     for title, part in sections.items():
         formatter.start_section(title)
         for action in part:
@@ -195,14 +207,19 @@ def _described(action: argparse.Action) -> argparse.Action:
 def _load_model(path: str, config):
     from transformers import AutoTokenizer
 
+    from .chat import with_template
     from .loading import load_model
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UsageError(f"--model {path}: no such folder")
     try:
-        return load_model(path, config), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = load_model(path, config), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from None
+    try:
+        return model, with_template(tokenizer, config.chat_template)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def train(arguments: list[str]) -> dict:
@@ -217,8 +234,7 @@ def train(arguments: list[str]) -> dict:
         if path is not None and not is_hub_name(path) and not Path(path).is_file():
             raise UsageError(f"{flag} {path}: no such file")
     config.resume_from_checkpoint = _checkpoint(config)
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise UsageError(f"--output_dir {config.output_dir} is a file")
+    _check_output(config.output_dir)
     try:
         reading = {
             "needs": config.objective.data,
@@ -245,6 +261,13 @@ def train(arguments: list[str]) -> dict:
     return run_training(model, tokenizer, config, *datasets, start=start)
 
 
+def online(arguments: list[str]) -> dict:
+    """Align a model on completions that it samples and a reward judges."""
+    from .online_cli import online as run
+
+    return run(arguments)
+
+
 def _checkpoint(config) -> str | bool | None:
     """What to resume from: a folder, or True for the newest whole checkpoint of output_dir."""
     from .checkpoints import candidates
@@ -259,6 +282,11 @@ def _checkpoint(config) -> str | bool | None:
     if not any(Path(wanted, name).is_file() for name in ("trainer_state.json", "manifest.json")):
         raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint")
     return str(wanted)
+
+
+def _check_output(folder: str) -> None:
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"--output_dir {folder} is a file")
 
 
 def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:

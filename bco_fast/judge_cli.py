@@ -17,6 +17,11 @@ def _model_options(parser: _Parser, dtype: str = "auto") -> None:
         help="of the weights; auto: as they are stored (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--attn_implementation", "--attn-implementation")
+    parser.add_argument(
+        "--chat_template",
+        "--chat-template",
+        help="in place of the tokenizer's: the path of a Jinja file, or the template",
+    )
 
 
 def _model_and_tokenizer(path: str, options: argparse.Namespace):
@@ -27,6 +32,7 @@ def _model_and_tokenizer(path: str, options: argparse.Namespace):
     config = argparse.Namespace(
         model_dtype=options.model_dtype,
         attn_implementation=options.attn_implementation,
+        chat_template=options.chat_template,
         use_peft=True,
         load_in_4bit=False,
         load_in_8bit=False,

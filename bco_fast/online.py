@@ -167,7 +167,14 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
     ):
         if not isinstance(args, OnlineConfig):
             raise TypeError(f"args must be an OnlineConfig, not {type(args).__name__}")
-        super().__init__(model, args, processing_class=processing_class, ref_model=ref_model, **kwargs)
+        strategy = args.eval_strategy
+        if strategy != "no" and eval_prompts is None:
+            raise ValueError(f"eval_strategy {strategy.value} needs eval_prompts")
+        args.eval_strategy = type(strategy)("no")  # the Trainer would ask for a dataset of tokens
+        try:
+            super().__init__(model, args, processing_class=processing_class, ref_model=ref_model, **kwargs)
+        finally:
+            args.eval_strategy = strategy
         self.reward, self.tokenizer = reward, self.processing_class
         self.prompts = self._tokenized(read_prompts(prompts))
         self.eval_prompts = None if eval_prompts is None else self._tokenized(read_prompts(eval_prompts))

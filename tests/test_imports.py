@@ -51,7 +51,7 @@ ARROWS = {
     "memory": {"torch"},
     "packing": {"torch", "data", "models", "sequences"},
     "trainer": {
-        "torch", "transformers", "cache", "composition", "config", "data", "loading", "loss_output", "memory", "metrics",
+        "torch", "transformers", "cache", "chat", "composition", "config", "data", "loading", "loss_output", "memory", "metrics",
         "models", "packing", "references", "resume", "reward_shift", "run_record", "numpy", "logps",
     },
     "model_card": set(),
@@ -75,12 +75,13 @@ ARROWS = {
     "online": {
         "numpy", "torch", "transformers", "chat", "composition", "config", "data", "files", "generators", "models", "online_prompts", "packing", "references", "rewards", "trainer",
     },
+    "online_cli": {"checkpoints", "cli", "memory", "online", "rewards"},
     "trl_compat": {"transformers", "config", "trainer"},
     "demo": {
         "torch", "tokenizers", "tqdm", "transformers", "matplotlib", "cli", "config", "data", "models", "sequences", "online",
     },
     "cli": {
-        "torch", "transformers", "cache", "cache_cli", "checkpoints", "config", "config_file", "data", "sources", "loading", "memory", "recipes", "report", "udm", "trainer", "demo", "judge_cli", "__init__",
+        "torch", "transformers", "cache", "cache_cli", "chat", "checkpoints", "config", "config_file", "data", "sources", "loading", "memory", "online_cli", "recipes", "report", "udm", "trainer", "demo", "judge_cli", "__init__",
     },
     "trl_yaml": set(),
     "config_file": {"yaml", "trl_yaml"},

@@ -266,6 +266,12 @@ def test_evaluation_is_the_mean_reward_of_held_out_prompts(tmp_path):
     assert metrics["eval_reward_stderr"] > 0
 
 
+def test_held_out_prompts_are_sampled_during_training(tmp_path):
+    trainer = _trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "eval_reward" in e] == [3, 6]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
