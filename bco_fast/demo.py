@@ -173,14 +173,14 @@ class World:
     held_out: list[str]
 
 
-def build_world(seed: int) -> World:
+def build_world(seed: int, *, fine_tune_steps: int = 250) -> World:
     rng = random.Random(seed)  # noqa: S311 - a demo, not a secret
     prompts = all_prompts()
     rng.shuffle(prompts)
     held_out, prompts = prompts[:120], prompts[120:]
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
-    fine_tune(model, tokenizer, prompts, rng)
+    fine_tune(model, tokenizer, prompts, rng, steps=fine_tune_steps)
     return World(tokenizer, model, prompts, held_out)
 
 
