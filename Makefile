@@ -5,7 +5,7 @@ STAMP := $(VENV)/.pins-$(PINS)
 RUN := $(VENV)/bin/python
 PEERS := $(basename $(notdir $(wildcard tests/peers/*.txt)))
 
-.PHONY: help venv venv-peers demo demo-online test test-all lint bench clean
+.PHONY: help venv venv-peers demo demo-online test test-all lint bench docs clean
 
 help:
 	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-all  the tests and the long proofs'
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
+	@echo 'make docs      the documentation site, into build/site'
 	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
 
 venv: $(STAMP)
@@ -60,5 +61,13 @@ bench: venv
 	$(RUN) benchmarks/demo.py
 	$(RUN) benchmarks/train_step.py
 
+docs: .venv-docs/.made
+	.venv-docs/bin/python -m mkdocs build --strict --quiet
+
+.venv-docs/.made: docs/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers-* build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers-* .venv-docs build *.egg-info .pytest_cache .ruff_cache

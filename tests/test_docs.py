@@ -1,14 +1,21 @@
 """The pages in docs/ say what the code does."""
 
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+import bco_fast
 from bco_fast.config import FeedbackConfig
 from bco_fast.losses import OBJECTIVES
+from bco_fast.online import OnlineConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
+SOURCE = "".join(path.read_text() for path in (DOCS.parent / "bco_fast").glob("*cli.py"))
+FLAGS = {*OnlineConfig.__dataclass_fields__, *re.findall(r'"--([a-z_0-9]+)"', SOURCE), "config_file"}
+"""Of every command; config_file is accelerate's."""
 PAGE = (DOCS / "objectives.md").read_text()
 
 
@@ -39,6 +46,38 @@ def test_examples_run_and_flags_exist(page):
         exec(compile(code, page.name, "exec"), {})  # noqa: S102 - our own page
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
-    if page.name == "objectives.md":
-        for flag in re.findall(r"--([a-z_]+)", text):
-            assert flag in FeedbackConfig.__dataclass_fields__, flag
+    if page.name in ("objectives.md", "online.md", "recipes.md"):
+        for flag in re.findall(r"--([a-z_0-9]+)", text):
+            assert flag in FLAGS, flag
+
+
+def test_the_api_pages_name_what_exists():
+    named = [
+        name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
+    assert len(named) > 20
+    for name in named:
+        home, _, last = name.rpartition(".")
+        if importlib.util.find_spec(home).submodule_search_locations is None:
+            assert getattr(importlib.import_module(home), last).__doc__, name
+        else:
+            assert importlib.import_module(name).__doc__, name
+    for path, config in re.findall(
+        r"<!-- options of (\S+) (\w+) -->", "".join(p.read_text() for p in DOCS.rglob("*.md"))
+    ):
+        assert f"class {config}(" in (DOCS.parent / path).read_text()
+
+
+def test_every_page_is_on_the_site_and_its_links_lead_somewhere():
+    site = (DOCS.parent / "mkdocs.yml").read_text()
+    for page in DOCS.rglob("*.md"):
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in site, page
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page, target)
+
+
+def test_a_release_has_one_version():
+    project = re.search(r'^version = "(\S+)"$', (DOCS.parent / "pyproject.toml").read_text(), re.M)[1]
+    cited = re.search(r"^version: (\S+)$", (DOCS.parent / "CITATION.cff").read_text(), re.M)[1]
+    noted = re.search(r"^## \[(\d\S*)\]", (DOCS.parent / "CHANGELOG.md").read_text(), re.M)[1]
+    assert project == bco_fast.__version__ == cited == noted

@@ -1,6 +1,7 @@
-"""The wheel holds the kernels, shadows nothing, and imports in a fresh environment."""
+"""The wheel holds the kernels, shadows nothing, and works once installed in a fresh environment."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -31,15 +32,22 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
 
     venv.create(tmp_path / "fresh", with_pip=False)
     python = tmp_path / "fresh" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
     site = next((tmp_path / "fresh" / "lib").glob("python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(site)
     # torch and transformers come from the environment of the tests; bco_fast must not
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
-        "import bco_fast, bco_fast.kernels.head_logps as k; from transformers import LlamaForCausalLM\n"
-        "from bco_fast.trainer import FeedbackTrainer; print(bco_fast.__file__, k.__file__)"
+        "import torch, bco_fast, bco_fast.kernels.head_logps as k; from transformers import LlamaForCausalLM\n"
+        "from bco_fast.trainer import FeedbackTrainer; print(bco_fast.__file__, k.__file__)\n"
+        "logps = bco_fast.fused_linear_logps(torch.eye(2, 3), torch.eye(4, 3), torch.tensor([0, 1]))\n"
+        "assert torch.allclose(logps, 1 - torch.log(torch.tensor(torch.e + 3)))"
     )
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert all(str(site) in path for path in run.stdout.split())
+    command = [tmp_path / "fresh" / "bin" / "bco-fast", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert re.fullmatch(r"bco_fast \d+\.\d+\.\d+\S*\n", run.stdout), run.stderr
