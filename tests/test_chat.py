@@ -354,3 +354,22 @@ def test_a_template_that_opens_a_thought_can_be_replaced(tmp_path):
 def test_what_is_no_template_is_named(template):
     with pytest.raises(FeedbackError, match="neither a template nor a file"):
         with_template(TOKENIZER, template)
+
+
+def test_train_and_cache_build_take_a_template(tmp_path, capfd):
+    thinking = _tokenizer(THOUGHT)
+    tiny.model(vocab_size=len(thinking), eos_token_id=thinking.eos_token_id).save_pretrained(tmp_path / "model")
+    thinking.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": [USER], "completion": str(i), "label": i % 2 == 0} for i in range(4)]
+    tiny.write(tmp_path / "feedback.jsonl", rows)
+    common = ["--model", tmp_path / "model", "--data", tmp_path / "feedback.jsonl", "--cache_dir", tmp_path / "cache", "--max_length", 64]  # fmt: skip
+    train = ["train", *common, "--output_dir", tmp_path / "out", "--max_steps", 1, "--eval_fraction", 0,
+             "--save_strategy", "no", "--use_cpu", "true", "--report_to", "none"]  # fmt: skip
+    assert cli.main([str(argument) for argument in train]) == 2
+    assert "goes on with '<think>" in capfd.readouterr().err
+    template = ["--chat-template", CHATML]
+    assert cli.main([str(argument) for argument in ["cache", "build", *common, *template]]) == 0
+    assert cli.main([str(argument) for argument in [*train, *template]]) == 0
+    summary = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+    assert (summary["cache_hits"], summary["cache_computed"]) == (4, 0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == CHATML
