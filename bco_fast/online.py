@@ -47,7 +47,7 @@ class OnlineConfig(FeedbackConfig):
     of samples_per_prompt on every rank.
 
     Raises:
-        ValueError: as `FeedbackConfig`; a paired objective; no max_steps.
+        ValueError: as `FeedbackConfig`; a paired objective; no max_steps; an option that the generator does not read.
     """
 
     loss_type: str = _option("una_score", "Unpaired objective.", choices=FeedbackConfig.__dataclass_fields__["loss_type"].metadata["choices"])  # fmt: skip
@@ -94,6 +94,9 @@ class OnlineConfig(FeedbackConfig):
             raise ValueError(f"generator must be hf or vllm, not {self.generator!r}")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1], not {self.vllm_gpu_memory_utilization}")
+        unread = type(self).__dataclass_fields__["vllm_gpu_memory_utilization"].default
+        if self.generator != "vllm" and self.vllm_gpu_memory_utilization != unread:
+            raise ValueError(f"generator {self.generator} does not read vllm_gpu_memory_utilization")
         if self.reward_scale != "none" and self.loss_type != "una_score":
             raise ValueError(f"{self.loss_type} does not read reward_scale (given: {self.reward_scale!r})")
 

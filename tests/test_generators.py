@@ -178,7 +178,11 @@ def test_without_vllm_the_way_to_it_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"generator": "tgi"}, "hf or vllm"), ({"vllm_gpu_memory_utilization": 0.0}, r"\(0, 1\]")],
+    [
+        ({"generator": "tgi"}, "hf or vllm"),
+        ({"vllm_gpu_memory_utilization": 0.0}, r"\(0, 1\]"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "does not read"),
+    ],
 )
 def test_options_of_the_generator_are_checked(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
