@@ -87,7 +87,9 @@ def main() -> None:
         dataset.ref_logps = None
     counts = torch.zeros(VOCABULARY, dtype=torch.int64)
     for example in train.examples:
-        counts += torch.bincount(torch.as_tensor(example.input_ids[example.completion_start :]).long(), minlength=VOCABULARY)
+        counts += torch.bincount(
+            torch.as_tensor(example.input_ids[example.completion_start :]).long(), minlength=VOCABULARY
+        )
     model = patch_model(build_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(0)

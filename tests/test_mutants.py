@@ -1,6 +1,6 @@
-"""28 kernels broken by hand, each as someone might break it: the tests must catch every one.
+"""37 kernels broken by hand, each as someone might break it: the tests must catch every one.
 
-A mutant is a copy of the package with one line changed; `test_logps.py` runs on it and must fail.
+A mutant is a copy of the package with one line changed; `test_logps.py`, for the sparse backward `test_sparse.py`, runs on it and must fail.
 """
 
 import os
@@ -18,6 +18,7 @@ HEAD, FOLD, BACK, TILES = (
     "kernels/head_backward.py",
     "kernels/tiles.py",
 )
+SPARSE, CELLS = "kernels/sparse_backward.py", "bco_fast/_cells.py"
 CHUNKED, LAUNCH = "bco_fast/_backends/chunked.py", "bco_fast/_backends/triton.py"
 
 MUTANTS = {
@@ -48,12 +49,21 @@ MUTANTS = {
     "entropy gradient without H": (BACK, "b_g * b_p * (b_logp + b_entropy)", "b_g * b_p * b_logp"),
     "chunk offset forgotten": (LAUNCH, "FIRST=first,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),", "FIRST=0,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),"),
     "hidden gradient overwritten": (CHUNKED, "d_hidden[rows] += matmul(dz, chunk)", "d_hidden[rows] = matmul(dz, chunk)"),
+    "target of a gathered row forgotten": (CHUNKED, "dz[exact.cell[here] - first, exact.column[here]] = exact.value[here]", "pass"),
+    "cells of a foreign target dropped": (CELLS, "torch.where(own[rows, None], 0.0, weight.gather(1, at))", "torch.zeros_like(at, dtype=weight.dtype)"),
+    "twice the budget": (CELLS, "dropped = (sums <= _UNITS).sum()", "dropped = (sums <= 2 * _UNITS).sum()"),
+    "the last bin dropped whole": (CELLS, "sums = spent + histogram.cumsum(0)", "sums = spent + histogram.cumsum(0) - histogram"),
+    "target cells not kept": (CELLS, "kept.gather(1, tile[rows]) | (own & (upstream != 0))[rows, None]", "kept.gather(1, tile[rows])"),
+    "a cut tile not carried": (SPARSE, "mask=(o_d < tl.where(carried, D, 0))[None, :]", "mask=(o_d < 0)[None, :]"),
+    "first cell of the launch forgotten": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + o_i[:, None] * TILE"),
+    "a row's last product left out": (SPARSE, "for i in range(start, stop):", "for i in range(start, stop - 1):"),
+    "weight gradient in the wrong order": (SPARSE, "p_weight = d_weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)", "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)"),
     "weight gradient of the last rows only": (CHUNKED, "return part if total is None else total.add_(part)", "return part"),
 }  # fmt: skip
 
 
-def test_there_are_28_and_each_changes_one_place():
-    assert len(MUTANTS) == 28
+def test_there_are_37_and_each_changes_one_place():
+    assert len(MUTANTS) == 37
     for name, (file, old, new) in MUTANTS.items():
         assert (ROOT / file).read_text().count(old) == 1, name
         assert old != new
@@ -73,9 +83,9 @@ def _caught(tmp_path: Path, file: str, old: str, new: str) -> bool:
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/test_logps.py",
+        "tests/test_sparse.py" if file in (SPARSE, CELLS) or "exact.cell" in old else "tests/test_logps.py",
         "-k",
-        "not gradcheck",
+        "not gradcheck and not 500",
     ]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}"}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
