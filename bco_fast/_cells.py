@@ -119,7 +119,7 @@ def _row_norms(saved: HeadSaved, mass: Tensor, own: Tensor, spec: HeadSpec, shar
 
 def _threshold(weights: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Tensor) -> tuple[Tensor, Tensor]:
     """Bits of the first weight that stays, and an upper bound of the sum of those below; both on the device."""
-    scale = _UNITS / budget.clamp_min(torch.finfo(torch.float64).tiny)
+    scale = _UNITS / budget.clamp_min(1e-290)  # of no budget: finite, or 0 would become not a number
     spent = torch.zeros((), dtype=torch.int64, device=budget.device)
     low = torch.zeros((), dtype=torch.int32, device=budget.device)
     for shift in _SHIFTS:

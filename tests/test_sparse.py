@@ -78,6 +78,22 @@ def test_the_bound_holds(backend, kind, always):
                 assert stats.rho < 0.9, "a test of the sparse way must leave something out"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_rounds_to_nothing_drops_nothing_it_can_name(backend, always):
+    """Every 1 - p_y is 0 in float32, and so is the budget."""
+    made = case(20, 400, 16, spread=0.1, ignored=0.0, zeros=0.0)
+    made.weight[7], made.hidden[:, 0] = 0.0, 1.0
+    made.weight[7, 0] = 60.0
+    made.targets[:] = 7
+    stats = HeadStats()
+    found = run(made, backend, torch.float32, sparse_tolerance=0.2, stats=stats)
+    assert not found["logps"].any()
+    assert stats.certified == 0.0
+    dense = run(made, backend, torch.float32)
+    for name in ("d_hidden", "d_weight"):
+        assert relative_error(found[name], dense[name].double()) < 1e-5, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds_in_500_cases(kind, always):
