@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment() -> dict:
@@ -97,12 +99,72 @@ def in_own_process(script: str, *arguments: str) -> dict:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def save(name: str, rows: list[dict], *, folder: Path = RESULTS) -> Path:
-    """Write rows with their environment; committed files of this kind are what the README may quote."""
+class Worker:
+    """A case in its own process, which waits until it is its turn: lines of JSON that begin with @ are its answers."""
+
+    def __init__(self, name: str, command: list, log: Path, **environment: str | None):
+        self.name, self.log = name, log.open("w+")
+        variables = {**os.environ, "PYTHONWARNINGS": "ignore"} | environment
+        self.process = subprocess.Popen(
+            [*map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={name: value for name, value in variables.items() if value is not None},
+        )
+
+    def answer(self):
+        """What the process says next."""
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        self.log.seek(0)
+        raise RuntimeError(f"{self.name} failed:\n{self.log.read()[-3000:]}")
+
+    def turn(self, message: str = ""):
+        """Let it go on; -> its answer."""
+        with contextlib.suppress(BrokenPipeError):  # a dead process has said why in its log
+            self.process.stdin.write(message + "\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def say(answer) -> None:
+    """The worker's side: one answer to the parent."""
+    print("@" + json.dumps(answer), flush=True)
+
+
+def peers_python(package: str) -> Path:
+    """The interpreter of a peer's own environment."""
+    folder = ROOT / f".venv-peers-{package}"
+    if not (folder / ".made").is_file():
+        raise FileNotFoundError(f"no environment {folder.name}: run `make venv-peers`")
+    return folder / "bin" / "python"
+
+
+def save(name: str, rows: list[dict], *, folder: Path = RESULTS, keys: tuple[str, ...] = ()) -> Path:
+    """Write rows with their environment; committed files of this kind are what the README may quote.
+
+    With `keys`, rows already in the file stay unless one of these has the same values there; as not all rows then are
+    of one run, each says its date, commit and processor.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path, now = folder / f"{name}.json", environment()
+    if keys:
+        rows = [{**row, "measured": {k: now[k] for k in ("date", "commit", "cpu")}} for row in rows]
+        new = {tuple(row.get(k) for k in keys) for row in rows}
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in earlier if tuple(row.get(k) for k in keys) not in new] + rows
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"environment": now, "rows": rows}, indent=1) + "\n")
     os.replace(temporary, path)
     return path
 

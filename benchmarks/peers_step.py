@@ -13,18 +13,15 @@ work.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-from common import peak_rss, reset_peak_rss, save, summary, table
+from common import Worker, peak_rss, peers_python, reset_peak_rss, save, say, summary, table
 
 ROOT = Path(__file__).parents[1]
 BATCH, MAX_LENGTH, LEARNING_RATE, WARM_UP = 4, 512, 1e-5, 3
@@ -161,7 +158,7 @@ def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
         def on_step_end(self, args, state, *_, **__):  # data, forward, backward, clipping, optimizer
             self.steps.append([after - before for before, after in zip(self.last, self.now(), strict=True)])
             if (state.global_step - WARM_UP) % per_turn == 0 and state.global_step >= WARM_UP:
-                print("@" + json.dumps(self.steps), flush=True)
+                say(self.steps)
                 self.steps = []
                 if state.global_step < steps and not sys.stdin.readline():
                     sys.exit("the parent is gone")
@@ -182,7 +179,7 @@ def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
     trainer.train()
     memory = {"peak_mb": round(peak_rss() / 1e6, 1), "before_mb": round(turns.before / 1e6, 1)}
     versions = {package: version(package), "transformers": version("transformers")}
-    print("@" + json.dumps({**memory, "completion_tokens": trainer.completion_tokens, "versions": versions}))
+    say({**memory, "completion_tokens": trainer.completion_tokens, "versions": versions})
 
 
 # ---- in the parent
@@ -213,60 +210,26 @@ def prepare(data: Path, folder: Path, rows: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-class Worker:
-    """A case in its own process, which waits until it is its turn."""
-
-    def __init__(self, python: Path, case: str, folder: Path, options: argparse.Namespace):
-        self.case, self.errors = case, (folder / f"{case}.log").open("w+")
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        if case in PEERS:
-            environment.pop("PYTHONPATH", None)
-        arguments = ["--worker", case, "--folder", folder, "--turns", options.turns, "--per-turn", options.per_turn]
-        self.process = subprocess.Popen(
-            [python, __file__, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-
-    def answer(self):
-        """What the process says next."""
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.case} failed:\n{self.errors.read()[-3000:]}")
-
-    def turn(self) -> list[list[float]]:
-        """Seconds and processor seconds of each step."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+def start(python: Path, case: str, folder: Path, options: argparse.Namespace) -> Worker:
+    arguments = ["--worker", case, "--folder", folder, "--turns", options.turns, "--per-turn", options.per_turn]
+    environment = {"TRL_EXPERIMENTAL_SILENCE": "1"} | ({"PYTHONPATH": None} if case in PEERS else {})
+    return Worker(case, [python, __file__, *arguments], folder / f"{case}.log", **environment)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """case -> what it measured."""
     pythons = dict.fromkeys(OURS.values(), Path(sys.executable))
-    pythons |= {case: ROOT / f".venv-peers-{package}" / "bin" / "python" for case, (_, package, _) in PEERS.items()}
+    pythons |= {case: peers_python(package) for case, (_, package, _) in PEERS.items()}
     workers: list[Worker] = []
     try:
         for case, python in pythons.items():
-            workers.append(Worker(python, case, folder, options))
+            workers.append(start(python, case, folder, options))
             workers[-1].answer()  # warm: before the next one starts, so that they do not disturb each other
-        steps = {worker.case: [] for worker in workers}
+        steps = {worker.name: [] for worker in workers}
         for _ in range(options.turns):
             for worker in workers:
-                steps[worker.case] += worker.turn()
-        return {w.case: {"steps": steps[w.case], **w.answer()} for w in workers}
+                steps[worker.name] += worker.turn()
+        return {w.name: {"steps": steps[w.name], **w.answer()} for w in workers}
     finally:
         for worker in workers:
             worker.stop()
@@ -305,8 +268,7 @@ def main() -> None:
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
     for package in sorted({package for _, package, _ in PEERS.values()}):
-        if not (ROOT / f".venv-peers-{package}" / ".made").is_file():
-            parser.error(f"no environment .venv-peers-{package}: run `make venv-peers`")
+        peers_python(package)
     with tempfile.TemporaryDirectory() as folder:
         parameters = prepare(options.data, Path(folder), steps * BATCH)
         rows = rows_of(measure(options, Path(folder)), parameters)
