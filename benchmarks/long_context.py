@@ -1,0 +1,416 @@
+"""The longest context that fits, ours and theirs, found by bisection; and what counted bytes predict for large models.
+
+    make venv-peers && python benchmarks/long_context.py          the CPU's small model; results/long_context.json
+    python benchmarks/long_context.py --shape Llama-3-8B          on a GPU: all of its memory, bfloat16, LoRA and full
+    python benchmarks/long_context.py --predict                   only the table of predictions
+
+A trial is a process of its own: two optimizer steps on one sequence of T tokens, a quarter of them prompt, gradient
+checkpointing on, batches of one, the reference precomputed. On the CPU it must stay within a budget of resident memory
+beyond what the imported libraries take, and is stopped when it does not; on a GPU it must not run out of memory. "PyTorch
+that stores the logits" is the same model and loss with `log_softmax` of the logits of the completion. Lengths are found
+to within a tenth. Predictions add up tensors (`predicted_bytes`) and are marked as predicted; tests/test_benchmarks.py
+holds the one for the small model against its measured rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from common import RESULTS, Worker, peak_rss, peers_python, reset_peak_rss, save, say, table
+from contenders import described
+from counts import MODELS, Model
+
+CPU_SHAPE, CPU_BUDGET_MB = "small", 192
+SHAPES = {CPU_SHAPE: Model(128, 32000, 4, 2, 2, 64, 344)} | MODELS
+MLP_CHUNK, LORA_RANK = 1024, 32
+CPU_WORKSPACE, GPU_WORKSPACE = 16 << 20, 256 << 20
+CASES = {  # case: what runs, LoRA, environment
+    "bco_fast, LoRA": ("ours", True, None),
+    "bco_fast, full": ("ours", False, None),
+    "PyTorch that stores the logits, LoRA": ("plain", True, None),
+    "PyTorch that stores the logits, full": ("plain", False, None),
+    "TRL 1.12 BCO, full": ("trl_bco", False, "trl-1.12"),
+    "TRL 1.16 KTOTrainer, full": ("trl_kto", False, "trl-1.16"),
+    "TRL 1.12 BCO, LoRA": ("trl_bco", True, "trl-1.12"),
+    "TRL 1.16 KTOTrainer, LoRA": ("trl_kto", True, "trl-1.16"),
+}
+PROMPT_SHARE, STEPS, STEP = 4, 2, 32
+START = {"cpu": 128, "cuda": 2048}
+
+
+# ---- counted bytes
+
+
+def predicted_bytes(
+    shape: Model,
+    tokens: int,
+    *,
+    lora: bool,
+    item: int,
+    workspace: int,
+    master: int | None = None,
+    offload: bool = False,
+) -> dict[str, int]:
+    """What a step of ours holds at its peak, in bytes, tensor by tensor.
+
+    item: bytes of a weight and an activation; `master`: of a trained weight, if it is kept wider than that (float32
+    beside bfloat16 computation). AdamW holds two moments of a trained weight, in its dtype, and one gradient.
+    offload: the layers' checkpoints wait in host memory, but for the one in use.
+    """
+    q, kv, trained = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.parameters()
+    master = master or item
+    if lora:
+        trained = shape.lora_parameters(LORA_RANK)
+        weights = shape.parameters() * item + trained * 4  # peft keeps adapters in float32
+        master = 4
+    else:
+        weights = trained * master
+    # one layer, computed again for its backward. Saved: of each norm its result with and without the gain, and float32
+    # input where that is another tensor; rotated q and k, v, attention's result; the residual and the sum at the end.
+    norm = 2 * item + (4 if item < 4 else 0)
+    layer = tokens * (shape.D * (2 * norm + 2 * item) + item * (2 * q + 2 * kv))
+    gradients = tokens * shape.D * (2 * item + (4 if item < 4 else 0))
+    mlp = item * min(MLP_CHUNK, tokens) * shape.intermediate * 6  # gate, up, silu, product, and two gradients
+    completion = tokens - tokens // PROMPT_SHARE
+    head = workspace + completion * shape.D * (2 * item + 4) + (0 if lora else item * shape.V * shape.D)
+    checkpoints = item * tokens * shape.D * (1 if offload else shape.layers)
+    parts = {
+        "weights": weights,
+        "gradients": trained * master,
+        "moments": 2 * trained * master,
+        "checkpoints": checkpoints,
+        "ends": item * tokens * shape.D * 3,  # embeddings, last hidden states before and after their norm
+    }
+    # the gradients of a full model are all there when the first layer is recomputed, of the head's alone at the head
+    at_head = head - (0 if lora else trained * master)
+    parts["layer_or_head"] = max(layer + gradients + mlp, at_head)
+    return parts
+
+
+def predictions(budget: float = 141e9, most: int = 1 << 21) -> list[dict]:
+    """Longest context of each shape on a GPU with this many bytes, a twentieth of them left to the allocator."""
+    rows = []
+    for name in ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3-8B"):
+        for lora in (True, False):
+            for offload in (False, True):
+                options = {"lora": lora, "item": 2, "workspace": GPU_WORKSPACE, "offload": offload}
+
+                def total(tokens: int, shape=SHAPES[name], options=options) -> int:
+                    return sum(predicted_bytes(shape, tokens, **options).values())
+
+                low, high = 0, most
+                while high - low > 1024:
+                    middle = (low + high) // 2
+                    low, high = (middle, high) if total(middle) <= 0.95 * budget else (low, middle)
+                row = {"benchmark": "long_context", "predicted": True, "shape": name, "lora": lora, "offload": offload}
+                kind = f"{'LoRA' if lora else 'full, bfloat16'}{', offloaded' if offload else ''}"
+                row["case"] = f"predicted: {name}, {kind}"
+                row |= {"budget_gb": budget / 1e9, "longest": low // 1024 * 1024}
+                at = {"256k_gb": 262144, "64k_gb": 65536}
+                row |= {key: round(total(tokens) / 1e9, 1) for key, tokens in at.items()}
+                parts = predicted_bytes(SHAPES[name], 262144, **options)
+                row["parts_at_256k_gb"] = {part: round(value / 1e9, 1) for part, value in parts.items()}
+                rows.append(row)
+    return rows
+
+
+# ---- in the process of a trial
+
+
+def build(shape: Model, tokens: int, device: str):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.V,
+        hidden_size=shape.D,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=max(tokens, 2048),
+        bos_token_id=1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def options_of(folder: Path, tokens: int, device: str) -> dict:
+    return {
+        "output_dir": str(folder / "out"),
+        "max_length": tokens,
+        "per_device_train_batch_size": 1,
+        "max_steps": STEPS,
+        "learning_rate": 1e-5,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+    }
+
+
+def sequences(tokens: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
+    """A prompt and a completion for each step."""
+    import random
+
+    rng = random.Random(0)  # noqa: S311 - token ids
+    ids = [[rng.randrange(2, vocabulary) for _ in range(tokens)] for _ in range(STEPS)]
+    return [(row[: tokens // PROMPT_SHARE], row[tokens // PROMPT_SHARE :]) for row in ids]
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=LORA_RANK, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def ours(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
+    import numpy as np
+
+    from bco_fast import FeedbackConfig, FeedbackTrainer
+    from bco_fast.data import Example, FeedbackDataset
+
+    tokens = sum(map(len, rows[0]))
+    config = FeedbackConfig(
+        **options_of(folder, tokens, device),
+        cache_dir=str(folder / "cache"),
+        use_peft=lora,
+        mlp_chunk_tokens=MLP_CHUNK,
+        workspace_bytes=CPU_WORKSPACE if device == "cpu" else GPU_WORKSPACE,
+    )
+    examples = [Example(np.array(p + c, np.int32), len(p), i % 2 == 0, 1.0) for i, (p, c) in enumerate(rows)]
+    return FeedbackTrainer(model, config, FeedbackDataset(examples), processing_class=tokenizer).train
+
+
+def plain(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
+    """A bare loop that keeps the logits of the completion, as trainers did."""
+    import torch
+
+    if lora:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora_config())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def train() -> None:
+        for prompt, completion in rows:
+            ids = torch.tensor([prompt + completion], device=device)
+            logits = model(ids[:, :-1], logits_to_keep=len(completion), use_cache=False).logits
+            targets = ids[:, -len(completion) :, None]
+            reward = 0.1 * torch.log_softmax(logits.float(), -1).gather(-1, targets).sum()
+            torch.nn.functional.softplus(-reward).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+def trl_bco(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
+    from datasets import Dataset
+    from trl.experimental.bco import BCOConfig, BCOTrainer
+
+    options = options_of(folder, sum(map(len, rows[0])), device)
+    args = BCOConfig(**options, precompute_ref_log_probs=True, bf16=device != "cpu")
+    text = Dataset.from_list([{"prompt": "Well?", "completion": " Yes.", "label": label} for label in (True, False)])
+    peft = {"peft_config": lora_config()} if lora else {}
+    trainer = BCOTrainer(model, None, args, text, processing_class=tokenizer, **peft)
+    trainer.train_dataset = Dataset.from_list(
+        [
+            {
+                "prompt_input_ids": p,
+                "prompt_attention_mask": [1] * len(p),
+                "completion_input_ids": p + c,
+                "completion_attention_mask": [1] * len(p + c),
+                "completion_labels": [-100] * len(p) + c,
+                "label": i % 2 == 0,
+            }
+            for i, (p, c) in enumerate(rows)
+        ]
+    )
+    return trainer.train
+
+
+def trl_kto(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
+    """`apo_zero_unpaired`: without KTO's second completion, which doubles what a step holds."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    class OurTokens(KTOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    options = options_of(folder, sum(map(len, rows[0])), device)
+    args = KTOConfig(**options, precompute_ref_log_probs=True, loss_type="apo_zero_unpaired", bf16=device != "cpu")
+    dataset = [{"prompt_ids": p, "completion_ids": c, "label": i % 2 == 0} for i, (p, c) in enumerate(rows)]
+    peft = {"peft_config": lora_config()} if lora else {}
+    dataset = Dataset.from_list(dataset)
+    return OurTokens(model, None, args=args, train_dataset=dataset, processing_class=tokenizer, **peft).train
+
+
+RUNNERS = {"ours": ours, "plain": plain, "trl_bco": trl_bco, "trl_kto": trl_kto}
+
+
+def trial(job: dict, folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    kind, lora, _ = CASES[job["case"]]
+    shape, device = SHAPES[job["shape"]], job["device"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    rows = sequences(job["tokens"], shape.V)
+    small = replace(shape, D=64, V=1024, layers=1, heads=1, kv_heads=1, head_dim=64, intermediate=64)
+    with tempfile.TemporaryDirectory() as elsewhere:  # every library is loaded before the memory is counted
+        model = build(small, 64, device)
+        RUNNERS[kind](model, sequences(64, small.V), Path(elsewhere), device, lora, tokenizer)()
+    del model
+    gc.collect()
+    before = reset_peak_rss()
+    say({"before": before})
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(min(job["budget"] / torch.cuda.mem_get_info()[1], 1.0))
+    start = time.perf_counter()
+    try:
+        train = RUNNERS[kind](build(shape, job["tokens"], device), rows, folder, device, lora, tokenizer)
+        train()
+    except torch.OutOfMemoryError:
+        say({"fits": False})
+        return
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss() - before
+    say({"fits": peak <= job["budget"], "peak": peak, "seconds": round(time.perf_counter() - start, 1)})
+
+
+# ---- in the parent
+
+
+def run_trial(job: dict, folder: Path, limit_s: float) -> dict:
+    """-> fits, and peak bytes and seconds where it ran to its end. Raises RuntimeError where it failed otherwise."""
+    package = CASES[job["case"]][2]
+    python, environment = (peers_python(package), {"PYTHONPATH": None}) if package else (sys.executable, {})
+    # glibc else raises its threshold and keeps what is freed, more with every length
+    environment |= {"TRL_EXPERIMENTAL_SILENCE": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    command = [python, __file__, "--trial", json.dumps(job), "--folder", folder]
+    worker = Worker(job["case"], command, folder / "trial.log", **environment)
+    started = time.perf_counter()
+    try:
+        before = worker.answer()["before"]
+        while worker.process.poll() is None:
+            if time.perf_counter() - started > limit_s:
+                return {"fits": False, "why": f"over {limit_s:.0f} s"}
+            status = Path(f"/proc/{worker.process.pid}/status").read_text()
+            high = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
+            if job["device"] == "cpu" and high and int(high.split()[1]) * 1024 - before > job["budget"]:
+                return {"fits": False, "why": "over the budget"}
+            time.sleep(0.05)
+        return worker.answer()
+    finally:
+        worker.stop()
+
+
+def longest(job: dict, folder: Path, limit_s: float, start: int, most: int) -> dict:
+    """Double or halve until one length fits and one does not, then bisect to within a tenth."""
+    trials: dict[int, dict] = {}
+    low, high, tokens = 0, None, start
+    while True:
+        trials[tokens] = run_trial({**job, "tokens": tokens}, folder, limit_s)
+        print(job["case"], tokens, trials[tokens], flush=True)
+        if trials[tokens]["fits"]:
+            low = tokens
+        else:
+            high = tokens
+        if low >= most or (high is not None and (high - low <= max(STEP, low // 10))):
+            break
+        tokens = min(low * 2, most) if high is None else max(low + high, 2 * STEP) // 2 // STEP * STEP
+        if tokens in trials or tokens < STEP:
+            break
+    return {
+        "longest": low,
+        "peak_mb": round(trials[low]["peak"] / 1e6, 1) if low else None,
+        "seconds": trials[low].get("seconds") if low else None,
+        "too_long": high,
+        "too_long_because": trials[high].get("why", "out of memory") if high else None,
+        "trials": len(trials),
+    }
+
+
+def measure(options: argparse.Namespace, device: str, folder: Path) -> list[dict]:
+    shape = SHAPES[options.shape]
+    budget = options.budget_mb * 1e6
+    item, workspace = (4, CPU_WORKSPACE) if device == "cpu" else (2, GPU_WORKSPACE)
+    rows = []
+    for case in options.case or CASES:
+        kind, lora, _ = CASES[case]
+        job = {"case": case, "shape": options.shape, "device": device, "budget": budget}
+        row = {"benchmark": "long_context", "predicted": False, "shape": options.shape, "device": device}
+        row |= {"case": f"{options.shape}, {case}", "lora": lora, "parameters": shape.parameters()}
+        row |= {"budget_mb": options.budget_mb, "V": shape.V}
+        try:
+            row |= longest(job, folder, options.limit_s, START[device] * (16 if kind == "ours" else 1), options.most)
+        except (OSError, RuntimeError) as error:
+            row["error"] = str(error).strip().splitlines()[-1][:240]
+        if kind == "ours" and row.get("longest"):
+            parts = predicted_bytes(shape, row["longest"], lora=lora, item=item, workspace=workspace)
+            row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default=CPU_SHAPE, choices=list(SHAPES), help="model; large ones want a GPU")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="only this one; may be repeated")
+    parser.add_argument("--budget-mb", type=float, help="memory, MB (default: 192 on the CPU, all of a GPU)")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="a trial that takes longer counts as too long")
+    parser.add_argument("--most", type=int, default=1 << 20, help="tokens; look no further")
+    parser.add_argument("--predict", action="store_true", help="only the table of predictions")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--trial", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trial:
+        try:
+            trial(json.loads(options.trial), options.folder)
+        except Exception as error:  # whatever a peer raises is its row
+            sys.exit(described(error))
+        return
+    rows = predictions()
+    if not options.predict:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and options.shape != CPU_SHAPE:
+            parser.error(f"--shape {options.shape} wants a GPU; --predict says what to expect")
+        if options.budget_mb is None:
+            options.budget_mb = CPU_BUDGET_MB if device == "cpu" else torch.cuda.mem_get_info()[0] / 1e6
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from tiny import build_tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = build_tokenizer()
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.save_pretrained(Path(folder) / "tokenizer")
+            rows = measure(options, device, Path(folder)) + rows
+    print(save("long_context", rows, folder=options.out, keys=("case",)))
+    print(table(rows, ["case", "longest", "peak_mb", "predicted_mb", "seconds", "256k_gb", "64k_gb", "error"]))
+
+
+if __name__ == "__main__":
+    main()
