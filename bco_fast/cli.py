@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "udm": udm,
         "generate": generate,
         "report": report,
+        "bench": bench,
         "judge": judge,
         "shifts": shifts,
     }
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
                   "\n    bco-fast convert --data FILE --recipe NAME --to KIND --output FILE   a public dataset as feedback"
                   "\n    bco-fast udm --data FILE --embedder tfidf --output FILE     weights that match the classes' prompts"
                   "\n    bco-fast report RUN [RUN ...] [--output FILE.html]          plots and a table of runs, on one page"
+                  "\n    bco-fast bench [--model PATH]                               what the fused head saves on this machine"
                   "\n    bco-fast generate --model PATH --prompts FILE --output FILE   completions, as AlpacaEval or Arena-Hard"
                   "\n    bco-fast judge A B --reward PATH|module:function            win rate of completions A against B"
                   "\n    bco-fast shifts --model A --ref_model B --data FILE --output_dir DIR   what training did to the tokens"
@@ -428,6 +430,48 @@ def report(arguments: list[str]) -> dict:
         return write_report(options.runs, options.output)
     except ReportError as error:
         raise UsageError(" ".join(str(error).split())) from None
+
+
+def bench(arguments: list[str]) -> dict:
+    """Measure the fused head against plain PyTorch, here and at a model's sizes."""
+    parser = _Parser(
+        prog="bco-fast bench",
+        allow_abbrev=False,
+        description="The fused lm-head against plain PyTorch on this machine.",
+    )
+    parser.add_argument("--model", help="folder or Hub name of a model; only its config is read")
+    parser.add_argument("--hidden", type=int, help="hidden size, without --model (default: 896, Qwen2.5-0.5B's)")
+    parser.add_argument("--vocab", type=int, help="vocabulary size, without --model (default: 151936)")
+    parser.add_argument("--tokens", type=int, help="completion tokens of a batch (default: what the time allows)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="to measure for, about (default: 10)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, else float32"
+    )
+    options = parser.parse_args(arguments)
+    if options.model is not None and (options.hidden or options.vocab):
+        raise UsageError("--hidden and --vocab are for no --model")
+    for flag in ("hidden", "vocab", "tokens", "seconds"):
+        value = getattr(options, flag)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{flag} must be > 0, not {value}")
+
+    import torch
+
+    from .bench import HeadSize, compare, describe, head_size
+
+    if options.model is not None:
+        try:
+            size = head_size(options.model)
+        except (OSError, ValueError, ImportError) as error:
+            raise UsageError(f"--model {options.model}: {' '.join(str(error).split())}") from None
+    elif options.hidden or options.vocab:
+        size = HeadSize("the given sizes", options.hidden or 896, options.vocab or 151936)
+    else:
+        size = HeadSize("Qwen2.5-0.5B", 896, 151936)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    found = compare(size, tokens=options.tokens, seconds=options.seconds, dtype=dtype)
+    print(describe(found, size))
+    return found
 
 
 def generate(arguments: list[str]) -> dict:

@@ -71,9 +71,10 @@ def head_bytes(mode: str, n: int, d: int, v: int, item: int) -> int:
 def measured_limits(device: str, dtype: torch.dtype, *, size: int | None = None, repeats: int = 7) -> dict[str, float]:
     """The fastest of a few square matmuls, FLOP/s, and copies, bytes/s read and written, of this machine, now."""
     cuda = device == "cuda"
+    copied = (1 << 30 if cuda else 1 << 28) if size is None else 16 * size**2
     size = size or (8192 if cuda else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.empty((1 << 30 if cuda else 1 << 28) // dtype.itemsize, device=device, dtype=dtype).fill_(1)
+    source = torch.empty(copied // dtype.itemsize, device=device, dtype=dtype).fill_(1)
     target = torch.empty_like(source)
     out = torch.empty_like(a)
 

@@ -1,126 +1,74 @@
-"""What only a GPU can tell: numerics, times and memory of the fused head at real shapes.
+"""What only a GPU can tell: numerics, times and memory of the fused head at real shapes, growth, a long context.
 
     python benchmarks/gpu_suite.py --out DIR      under 9 minutes on a large GPU; DIR/gpu_suite.json and a table
     python benchmarks/gpu_suite.py --out DIR --smoke      the same program, small, on the CPU
 
-Most valuable first; every finished case is written at once, a case that fails is reported with its error, and a second
-run takes up where the first one stopped. Times are medians of calls that take turns; each shape also times the bare
-matmul, so that a share of the machine's own rate can be given. Errors are per-token log-probabilities against float64.
-Peers run as installed from their own packages (trl, liger-kernel, cut-cross-entropy); one that is missing or fails is a
-row that says so. `triton fused` and `triton fold` are the two forwards of the triton backend.
+Most valuable first; every part is a process with a time limit of its own, its rows are written when it ends, one that
+fails or takes too long is a row that says so, and a second run takes up what the first one did not finish. Times are
+medians of calls that take turns in one process; `share_of_limit` is the useful work (counts.py) at this GPU's measured
+matmul and copy rates, over the time. Errors are per-token log-probabilities, and sums of them, against float64. Peers
+run as installed from their own packages (contenders.py); one that is missing or fails is a row that says so.
+`triton fused` and `triton fold` are the two forwards of the triton backend.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
+import subprocess
+import sys
+import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
+import long_context
 import torch
 from common import environment, interleaved, peak_rss, reset_peak_rss, save, summary, table
+from contenders import PEERS, WORKSPACE, Head, described, errors, ours, ours_sparse, plain
+from counts import MODELS, OUR_MATMULS, head_bytes, head_flops, measured_limits, share_of_limit, slope
 
-from bco_fast import fused_linear_logps
-from bco_fast.kernels import configs
-
+MODES = ("frozen", "trainable", "forward")  # most users have a frozen head
+N = {"Qwen2.5-0.5B": 32768}
 SHAPES = {  # N tokens, D, V, softcap
-    "Qwen2.5-0.5B": (32768, 896, 151936, None),
-    "Gemma-2-2B, 262k": (8192, 2304, 262144, 30.0),
-    "Llama-3.1-8B": (8192, 4096, 128256, None),
+    name: (N.get(name, 8192), MODELS[name].D, MODELS[name].V, MODELS[name].softcap)
+    for name in ("Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Qwen3-8B", "Gemma-2-9B", "Llama-3.2-1B", "Mistral-7B")
 }
 SMOKE = {"smoke": (96, 32, 1000, None), "smoke softcap": (96, 32, 1000, 30.0)}
-MODES = {"forward": 1, "trainable": 4, "frozen": 2}  # bare matmuls (2NDV) that the operator should cost
-WORKSPACE = 256 << 20
-CHECKED_ROWS = 512
+CHECKED_ROWS = 4096
+GROWTH_D = 2048
+CONTEXTS = [("Llama-3.2-1B", "bco_fast, full", 32768), ("Llama-3-8B", "bco_fast, LoRA", 65536)]
 
 
-class Head:
-    """One shape: inputs, plain PyTorch, ours."""
-
-    def __init__(self, shape: tuple, device: str, dtype: torch.dtype, spread: float = 3.0):
-        n, d, v, self.softcap = shape
-        g = torch.Generator(device).manual_seed(0)
-        self.hidden = torch.randn(n, d, generator=g, device=device).to(dtype)
-        self.weight = (torch.randn(v, d, generator=g, device=device) * spread / d**0.5).to(dtype)
-        self.targets = torch.randint(0, v, (n,), generator=g, device=device)
-        self.upstream = torch.randn(n, generator=g, device=device)
-        self.flops = 2 * n * d * v
-
-    def plain(self, hidden, weight):
-        logits = hidden @ weight.T
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return torch.log_softmax(logits.float(), -1).gather(1, self.targets[:, None])[:, 0]
-
-    def ours(self, backend: str, method: str | None = None):
-        def logps(hidden, weight):
-            with mock.patch.object(configs, "forward_method", return_value=method) if method else nullcontext():
-                return fused_linear_logps(
-                    hidden, weight, self.targets, softcap=self.softcap, backend=backend, workspace_bytes=WORKSPACE
-                )
-
-        return logps
-
-    def trl(self):
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-        def logps(hidden, weight):
-            return ChunkedLogProbFunction.apply(hidden, weight, None, self.targets, 1.0, 8192, self.softcap, 1.0, ())[0]
-
-        return logps
-
-    def cut_cross_entropy(self):
-        from cut_cross_entropy import linear_cross_entropy
-
-        def logps(hidden, weight):
-            options = {"softcap": self.softcap, "reduction": "none", "filter_eps": None}  # exact: nothing is dropped
-            return -linear_cross_entropy(hidden, weight, self.targets, **options)
-
-        return logps
-
-    def liger(self):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-        def logps(hidden, weight):  # one sum: its backward takes no per-token gradient
-            out = Liger.apply(hidden, weight, self.targets, None, None, -100, 0.0, 0.0, "sum", self.softcap)
-            return -(out[0] if isinstance(out, tuple) else out)[None]
-
-        return logps
-
-    def step(self, logps, mode: str, *, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        if mode == "forward":
-            with torch.no_grad():
-                return {"logps": logps(self.hidden[rows], self.weight)}
-        hidden = self.hidden.detach().requires_grad_()
-        weight = self.weight.detach().requires_grad_(mode == "trainable")
-        out = logps(hidden, weight)
-        (out * self.upstream[: len(out)]).sum().backward()
-        grads = {"d_hidden": hidden.grad} | ({"d_weight": weight.grad} if mode == "trainable" else {})
-        return {"logps": out.detach()} | grads
+def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
+    """name -> (seconds it may take, what gives its rows), most valuable first."""
+    if smoke:
+        found = {f"head, {s}": (60, functools.partial(head_parts, s, shape)) for s, shape in SMOKE.items()}
+        return found | {
+            "growth": (60, functools.partial(growth_part, (32, 64), (500, 1000), 32)),
+            "context": (60, functools.partial(context_part, [("small", "bco_fast, LoRA", 64)])),
+        }
+    found = {}
+    first, later = list(SHAPES.items())[:3], list(SHAPES.items())[3:]
+    for mode in MODES:
+        found |= {f"head, {s}, {mode}": (75, functools.partial(head_part, s, shape, mode)) for s, shape in first}
+    found["growth"] = (60, functools.partial(growth_part, (2048, 4096, 8192, 16384), (32768, 65536, 131072), GROWTH_D))
+    found["context"] = (150, functools.partial(context_part, CONTEXTS))
+    return found | {
+        f"head, {s}, {mode}": (60, functools.partial(head_part, s, shape, mode))
+        for s, shape in later
+        for mode in MODES[:2]
+    }
 
 
-def truth(head: Head, rows: int) -> torch.Tensor:
-    """Exact log-probabilities of the first rows, float64, in blocks that fit."""
-    blocks = []
-    for start in range(0, rows, 64):
-        block = slice(start, min(start + 64, rows))
-        logits = head.hidden[block].double() @ head.weight.double().T
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        blocks.append(torch.log_softmax(logits, -1).gather(1, head.targets[block, None])[:, 0])
-    return torch.cat(blocks)
-
-
-def gradient_difference(head: Head, ours: dict, plain: dict) -> dict:
-    """Relative Frobenius distance of our gradients from plain PyTorch's in the same dtype: a check, not an error."""
+def gradient_difference(mine: dict, theirs: dict) -> dict:
+    """Relative Frobenius distance of gradients from plain PyTorch's in the same dtype: a check, not an error."""
     return {
         f"{name}_vs_plain": round(
-            float((ours[name].float() - plain[name].float()).norm() / plain[name].float().norm()), 6
+            float((mine[name].float() - theirs[name].float()).norm() / theirs[name].float().norm()), 6
         )
-        for name in ours
+        for name in mine
         if name != "logps"
     }
 
@@ -140,108 +88,189 @@ def peak_bytes(step, cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run_case(shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
-    cuda = device == "cuda"
-    head = Head(shape, device, dtype)
-    functions = {"plain": head.plain, "torch": head.ours("torch")}
+def contenders(cuda: bool) -> dict:
+    mine = {"torch": functools.partial(ours, backend="torch"), "sparse 2^-7": ours_sparse}
     if cuda:
-        functions |= {f"triton {method}": head.ours("triton", method) for method in ("fused", "fold")}
+        for method in ("fused", "fold"):
+            mine[f"triton {method}"] = functools.partial(ours, backend="triton", method=method)
+    # a compiler of minutes is no smoke
+    return (
+        {"plain": plain} | mine | {k: v for k, v in PEERS.items() if v is not plain and (cuda or "compiled" not in k)}
+    )
+
+
+def head_part(shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    cuda = device == "cuda"
+    n, d, v, _ = shape
+    head = Head(shape, device, dtype)
     common = {"benchmark": "gpu_suite", "shape": shape_name, "mode": mode, "dtype": str(dtype).removeprefix("torch.")}
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
+    common |= measured_limits(device, dtype, size=None if cuda else 256)
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
-    missing = {}
-    for name, peer in (("trl", head.trl), ("cut_cross_entropy", head.cut_cross_entropy), ("liger", head.liger)):
-        try:
-            functions[name] = peer()
-        except ImportError as error:
-            missing[name] = f"missing: {error}"
-    for name, logps in functions.items():
+    for name, make in contenders(cuda).items():
         row = {**common, "case": name}
         rows.append(row)
         try:
-            outputs[name] = head.step(logps, mode)  # compiles, and lets cuBLAS take its workspace
-            row["extra_mb"] = round(peak_bytes(lambda f=logps: head.step(f, mode), cuda) / 1e6, 1)
-            again = head.step(logps, mode)
+            step = functools.partial(head.step, make(head), mode)
+            outputs[name] = step()  # compiles, and lets cuBLAS take its workspace
+            row["extra_mb"] = round(peak_bytes(step, cuda) / 1e6, 1)
+            again = step()
             row["same_bits"] = all(torch.equal(again[k], t) for k, t in outputs[name].items())
-            cases[name] = lambda f=logps: head.step(f, mode)
+            cases[name] = step
         except Exception as error:  # whatever a peer raises is its row; shown, never skipped
-            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    rows += [{**common, "case": name, "error": reason} for name, reason in missing.items()]
-    checked = min(CHECKED_ROWS, shape[0])
-    exact = truth(head, checked)
+            row["error"] = described(error)
+    exact = head.exact(min(CHECKED_ROWS, n), block=256)
     for row in rows:
         if row["case"] in outputs and outputs[row["case"]]["logps"].shape == head.targets.shape:
-            error = outputs[row["case"]]["logps"][:checked].double() - exact
-            row |= {"logp_rms_error": float(error.square().mean().sqrt()), "logp_max_error": float(error.abs().max())}
+            row |= errors(outputs[row["case"]]["logps"], exact)
             if row["case"] != "plain" and "plain" in outputs:
-                row |= gradient_difference(head, outputs[row["case"]], outputs["plain"])
-                bound = WORKSPACE + 4 * shape[0] * shape[1] + sum(t.nbytes for t in outputs[row["case"]].values())
+                row |= gradient_difference(outputs[row["case"]], outputs["plain"])
+                bound = WORKSPACE + 4 * n * d + sum(t.nbytes for t in outputs[row["case"]].values())
                 row["bound_mb"] = round(bound / 1e6, 1)  # what ours promises; frozen keeps 2ND more for the backward
     outputs.clear()
     times = {name: summary(seconds) for name, seconds in interleaved(cases, repeats, cuda=cuda).items()}
+    matmul = max(times["matmul"]["median_s"], 1e-9)
     for row in rows:
         if row["case"] in times:
             row |= times[row["case"]]
-            row["matmul_s"] = times["matmul"]["median_s"]
-            row["matmuls"] = round(row["median_s"] / max(row["matmul_s"], 1e-9), 2)
-            row["of_matmul_rate"] = round(MODES[mode] * row["matmul_s"] / max(row["median_s"], 1e-9), 3)
-            row["tflops_matmul"] = round(head.flops / max(row["matmul_s"], 1e-9) / 1e12, 2)
+            seconds = max(row["median_s"], 1e-9)
+            work = head_flops(mode, n, d, v), head_bytes(mode, n, d, v, dtype.itemsize)
+            row["share_of_limit"] = share_of_limit(*work, seconds, common)
+            row["matmul_s"] = matmul
+            row["matmuls"] = round(seconds / matmul, 2)  # ours should cost OUR_MATMULS
+            row["of_matmul_rate"] = round(OUR_MATMULS[mode] * matmul / seconds, 3)
             if "plain" in times:
                 row["ratio_to_plain"] = round(row["median_s"] / max(times["plain"]["median_s"], 1e-9), 3)
     return rows
+
+
+def head_parts(shape_name: str, shape: tuple, *arguments) -> list[dict]:
+    return [row for mode in MODES for row in head_part(shape_name, shape, mode, *arguments)]
+
+
+def growth_part(ns: tuple, vs: tuple, d: int, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """Time and memory of a frozen and a trainable head against N and V, with fitted exponents."""
+    cuda, rows = device == "cuda", []
+    lines = {"N": [(n, vs[1]) for n in ns], "V": [(ns[1], v) for v in vs]}
+    for mode in ("frozen", "trainable"):
+        for axis, sizes in lines.items():
+            line = []
+            for n, v in sizes:
+                head = Head((n, d, v, None), device, dtype)
+                step = functools.partial(head.step, ours(head), mode)
+                seconds = interleaved({"ours": step}, repeats, cuda=cuda)["ours"]
+                extra = peak_bytes(step, cuda) - sum(t.nbytes for t in step().values())
+                row = {"benchmark": "growth", "case": f"{mode}, N = {n}, V = {v}", "shape": f"growth along {axis}"}
+                row |= {"mode": mode, "N": n, "D": d, "V": v, **summary(seconds)}
+                line.append(row | {"extra_mb": round(max(extra, 0) / 1e6, 1)})
+            x = [row[axis] for row in line]
+            fit = {
+                "benchmark": "growth",
+                "case": f"{mode}, along {axis}",
+                "shape": f"growth along {axis}",
+                "mode": mode,
+            }
+            fit["time_exponent"] = round(slope(x, [max(row["median_s"], 1e-6) for row in line]), 3)
+            fit["memory_exponent"] = round(slope(x, [max(row["extra_mb"], 1.0) for row in line]), 3)
+            rows += [*line, fit]
+    return rows
+
+
+def context_part(trials: list, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """Two optimizer steps at one length, against the prediction; long_context.py bisects."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny import build_tokenizer
+
+    rows = []
+    for name, case, tokens in trials:
+        shape, lora = long_context.SHAPES[name], long_context.CASES[case][1]
+        workspace = long_context.CPU_WORKSPACE if device == "cpu" else long_context.GPU_WORKSPACE
+        row = {
+            "benchmark": "context",
+            "shape": name,
+            "mode": "LoRA" if lora else "full",
+            "case": case,
+            "tokens": tokens,
+        }
+        parts = long_context.predicted_bytes(shape, tokens, lora=lora, item=dtype.itemsize, workspace=workspace)
+        row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
+        rows.append(row)
+        with tempfile.TemporaryDirectory() as folder:
+            build_tokenizer().save_pretrained(Path(folder) / "tokenizer")
+            budget = 4e9 if device == "cpu" else torch.cuda.mem_get_info()[1]
+            job = {"case": case, "shape": name, "device": device, "tokens": tokens, "budget": budget}
+            try:
+                done = long_context.run_trial(job, Path(folder), 100)
+                row |= {"extra_mb": round(done["peak"] / 1e6, 1), "median_s": done["seconds"]} if done["fits"] else done
+            except RuntimeError as error:
+                row["error"] = str(error).strip().splitlines()[-1][:240]
+    return rows
+
+
+def run_part(name: str, limit: float, options: argparse.Namespace) -> list[dict]:
+    """The part in its own process; -> its rows, or one that says why there are none."""
+    answer = options.out / "part.json"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--out", str(options.out), "--part", name, *["--smoke"] * options.smoke]
+    failed = {"part": name, "case": "-", "shape": name, "unfinished": True}
+    try:
+        run = subprocess.run(command, timeout=limit, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return [{**failed, "error": f"over its limit of {limit:.0f} s"}]
+    if run.returncode:
+        return [{**failed, "error": (run.stderr.strip().splitlines() or ["no word"])[-1][:240]}]
+    rows = json.loads(answer.read_text())
+    answer.unlink()
+    return [{"part": name, **row} for row in rows]
+
+
+COLUMNS = ["shape", "mode", "case", "median_s", "ratio_to_plain", "share_of_limit", "extra_mb", "predicted_mb"]
+COLUMNS += ["time_exponent", "logp_rms_error", "sum_4096_error", "same_bits", "error"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU: keeps this program alive")
-    parser.add_argument("--minutes", type=float, default=8.5, help="start no case after this long")
+    parser.add_argument("--minutes", type=float, default=8.5, help="everything ends after this long")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="only parts whose name begins with this")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.smoke and not torch.cuda.is_available():
         parser.error("no GPU here; --smoke runs the same program on the CPU")
-    device, dtype = ("cpu", torch.float32) if options.smoke else ("cuda", torch.bfloat16)
+    options.out.mkdir(parents=True, exist_ok=True)
+    todo = parts(options.smoke)
+    if options.part:
+        device, dtype = ("cpu", torch.float32) if options.smoke else ("cuda", torch.bfloat16)
+        rows = todo[options.part][1](device, dtype, 3 if options.smoke else 7)
+        (options.out / "part.json").write_text(json.dumps(rows))
+        return
     start = time.perf_counter()
-    path = options.out / "gpu_suite.json"
-    rows = _resume(path)
-    done = {(row["shape"], row["mode"]) for row in rows}
-    for mode in ("frozen", "trainable", "forward"):  # most users have a frozen head
-        for name, shape in (SMOKE if options.smoke else SHAPES).items():
-            if (name, mode) in done:
-                continue
-            if time.perf_counter() - start > options.minutes * 60:
-                print(f"not started within {options.minutes} minutes: {name} {mode}")
-                continue
-            rows += run_case(name, shape, mode, device, dtype, repeats=3 if options.smoke else 7)
-            save("gpu_suite", rows, folder=options.out)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    print(f"{path}  {time.perf_counter() - start:.0f} s")
-    print(
-        table(
-            rows,
-            [
-                "shape",
-                "mode",
-                "case",
-                "median_s",
-                "ratio_to_plain",
-                "of_matmul_rate",
-                "extra_mb",
-                "logp_rms_error",
-                "same_bits",
-                "error",
-            ],
-        )
-    )
+    rows = _resume(options.out / "gpu_suite.json")
+    done = {row["part"] for row in rows}
+    late = []
+    for name, (limit, _) in todo.items():
+        left = options.minutes * 60 - (time.perf_counter() - start)
+        if name in done or not name.startswith(options.only):
+            continue
+        if left < 10:
+            late.append(name)
+            continue
+        rows += run_part(name, min(limit, left), options)
+        save("gpu_suite", rows, folder=options.out)
+    print(f"{options.out / 'gpu_suite.json'}  {time.perf_counter() - start:.0f} s")
+    if late:
+        print(f"not started within {options.minutes} minutes: {'; '.join(late)}")
+    print(table(rows, COLUMNS))
 
 
 def _resume(path: Path) -> list[dict]:
-    """Rows of an earlier run on this machine and these versions."""
+    """Rows of the parts that an earlier run on this machine and these versions finished."""
     if not path.is_file():
         return []
     earlier, now = json.loads(path.read_text()), environment()
     same = all(earlier["environment"][k] == now[k] for k in ("commit", "gpu", "torch", "triton"))
-    return earlier["rows"] if same else []
+    return [row for row in earlier["rows"] if not row.get("unfinished")] if same else []
 
 
 if __name__ == "__main__":

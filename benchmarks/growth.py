@@ -1,9 +1,9 @@
 """How time and memory of the head grow with the tokens and with the vocabulary: fitted exponents.
 
-    python benchmarks/growth.py        about two minutes on two cores; results/growth.json
+    OMP_NUM_THREADS=1 python benchmarks/growth.py        about two minutes; results/growth.json
 
 float32, D = 128, forward and backward with a trainable head, and with a frozen one. A row is a point; rows with `fit`
-are the exponents p of time ~ x^p and extra memory ~ x^p over the points (1 is linear, 0 is flat). Extra memory is the
+are the exponents p of time ~ x^p (of the fastest calls) and extra memory ~ x^p (1 is linear, 0 is flat). Extra memory is the
 growth of the peak resident size in a process of its own, less the gradients and results, which every implementation
 returns; what a process needs anyway, a few MB, keeps ours from a clean 0.
 """
@@ -66,7 +66,7 @@ def fits(rows: list[dict]) -> list[dict]:
         line = [row for row in rows if (row["contender"], row["mode"], row["axis"]) == key]
         x = [row[key[2]] for row in line]
         exponents = {
-            "time_exponent": round(slope(x, [row["median_s"] for row in line]), 3),
+            "time_exponent": round(slope(x, [row["min_s"] for row in line]), 3),
             "memory_exponent": round(slope(x, [max(row["extra_mb"], 1.0) for row in line]), 3),
             "largest_extra_mb": max(row["extra_mb"] for row in line),
         }

@@ -347,7 +347,7 @@ def longest(job: dict, folder: Path, limit_s: float, start: int, most: int) -> d
         "seconds": trials[low].get("seconds") if low else None,
         "too_long": high,
         "too_long_because": trials[high].get("why", "out of memory") if high else None,
-        "trials": len(trials),
+        "peak_mb_by_tokens": {t: round(trials[t]["peak"] / 1e6, 1) for t in sorted(trials) if "peak" in trials[t]},
     }
 
 

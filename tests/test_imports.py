@@ -81,8 +81,9 @@ ARROWS = {
         "torch", "tokenizers", "tqdm", "transformers", "matplotlib", "cli", "config", "data", "models", "sequences", "online",
     },
     "cli": {
-        "torch", "transformers", "cache", "cache_cli", "chat", "checkpoints", "config", "config_file", "data", "sources", "loading", "memory", "online_cli", "recipes", "report", "udm", "trainer", "demo", "judge_cli", "__init__",
+        "torch", "transformers", "bench", "cache", "cache_cli", "chat", "checkpoints", "config", "config_file", "data", "sources", "loading", "memory", "online_cli", "recipes", "report", "udm", "trainer", "demo", "judge_cli", "__init__",
     },
+    "bench": {"torch", "transformers", "logps"},
     "trl_yaml": set(),
     "config_file": {"yaml", "trl_yaml"},
 }  # fmt: skip
