@@ -6,7 +6,8 @@
 Every contender runs in a process of its own, peers in the environment of their own package where they have one; the
 processes map one weight and take turns. A contender that is not installed or fails is a row with its error. Extra
 memory is what a step takes beyond its inputs, gradients included. `share_of_limit`: the useful FLOP and bytes
-(counts.py) at the rates measured in the same run, over the time. Errors are those of per-token log-probabilities
+(counts.py) at the rates measured in the same run, over the time. OMP_NUM_THREADS=1 keeps a shared machine's other work
+out of the times. Errors are those of per-token log-probabilities
 against float64 on 4096 tokens, and of their sums. N is small where this machine is; shapes marked /4 have a quarter of
 the model's D and V.
 """
@@ -37,7 +38,7 @@ SHAPES = {  # on the CPU: N, D, V, softcap
         for name in ("Llama-3.2-1B", "Gemma-2-2B", "Gemma-2-9B", "Llama-3-8B", "Qwen3-8B", "Mistral-7B")
     },
 }
-PATIENCE_S = 12  # a contender that took longer in all has no more than three turns
+PATIENCE_S = 8  # a contender that takes longer is timed once
 MISSING: dict[str, str] = {}
 KEYS = ("part", "shape", "mode", "logits", "dtype", "contender")
 
@@ -61,9 +62,10 @@ def work(job: dict) -> None:
         return
     head.step(logps, job["mode"])  # libraries are up, compilers have compiled
     gc.collect()
-    before = reset_peak_rss()
+    before, start = reset_peak_rss(), time.perf_counter()
     kept = head.step(logps, job["mode"])
-    say({"extra_mb": round((peak_rss() - before) / 1e6, 1)})
+    seconds = time.perf_counter() - start
+    say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first_s": seconds})
     del kept
     while sys.stdin.readline():
         start = time.perf_counter()
@@ -89,7 +91,7 @@ class Contest:
         return Worker(contender, command, self.folder / f"{contender}.log", **environment)
 
     def time(self, turns: int, limits: dict) -> list[dict]:
-        workers, rows = {}, {}
+        workers, rows, first = {}, {}, {}
         try:
             for contender in CONTENDERS:
                 rows[contender] = {**self.row, "contender": contender}
@@ -99,13 +101,14 @@ class Contest:
                 try:
                     workers[contender] = self.start(contender)
                     rows[contender] |= workers[contender].answer()
+                    first[contender] = rows[contender].pop("first_s")
                 except (OSError, RuntimeError) as error:
                     rows[contender]["error"] = why(contender, error)
             running = [w for name, w in workers.items() if "error" not in rows[name]]
-            times = {worker.name: [] for worker in running}
+            times = {w.name: [first[w.name]] if first[w.name] > PATIENCE_S else [] for w in running}
             for _ in range(turns):
                 for worker in running:
-                    if len(times[worker.name]) < 3 or sum(times[worker.name]) < PATIENCE_S:
+                    if first[worker.name] <= PATIENCE_S:
                         times[worker.name].append(worker.turn())
         finally:
             for worker in workers.values():
@@ -163,9 +166,13 @@ def contests(options: argparse.Namespace, folder: Path, limits: dict) -> None:
                 head_weight(size, "cpu", getattr(torch, dtype)).flatten()
             )
             for logits in options.logits or LOGITS:
-                for mode in MODES if part == "time" else ("forward",):
+                for mode in (options.mode or MODES) if part == "time" else ("forward",):
                     row = {"benchmark": "head_peers", "part": part, "shape": name, "mode": mode, "logits": logits}
-                    row |= {"dtype": dtype, **dict(zip(("N", "D", "V", "softcap"), size, strict=True))}
+                    row |= {
+                        "threads": torch.get_num_threads(),
+                        "dtype": dtype,
+                        **dict(zip(("N", "D", "V", "softcap"), size, strict=True)),
+                    }
                     contest = Contest(row, folder, weight)
                     done = contest.errors() if part == "errors" else contest.time(options.turns, limits[dtype])
                     for r in done:
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=["time", "errors"], help="only this one")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--logits", action="append", choices=LOGITS, help="only these")
+    parser.add_argument("--mode", action="append", choices=MODES, help="only this one")
     parser.add_argument("--turns", type=int, default=5, help="times each contender is measured")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -20,6 +20,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,11 +352,10 @@ def longest(job: dict, folder: Path, limit_s: float, start: int, most: int) -> d
     }
 
 
-def measure(options: argparse.Namespace, device: str, folder: Path) -> list[dict]:
+def measure(options: argparse.Namespace, device: str, folder: Path) -> Iterator[dict]:
     shape = SHAPES[options.shape]
     budget = options.budget_mb * 1e6
     item, workspace = (4, CPU_WORKSPACE) if device == "cpu" else (2, GPU_WORKSPACE)
-    rows = []
     for case in options.case or CASES:
         kind, lora, _ = CASES[case]
         job = {"case": case, "shape": options.shape, "device": device, "budget": budget}
@@ -363,14 +363,13 @@ def measure(options: argparse.Namespace, device: str, folder: Path) -> list[dict
         row |= {"case": f"{options.shape}, {case}", "lora": lora, "parameters": shape.parameters()}
         row |= {"budget_mb": options.budget_mb, "V": shape.V}
         try:
-            row |= longest(job, folder, options.limit_s, START[device] * (16 if kind == "ours" else 1), options.most)
+            row |= longest(job, folder, options.limit_s, START[device] * (4 if kind == "ours" else 1), options.most)
         except (OSError, RuntimeError) as error:
             row["error"] = str(error).strip().splitlines()[-1][:240]
         if kind == "ours" and row.get("longest"):
             parts = predicted_bytes(shape, row["longest"], lora=lora, item=item, workspace=workspace)
             row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main() -> None:
@@ -407,7 +406,9 @@ def main() -> None:
             tokenizer = build_tokenizer()
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             tokenizer.save_pretrained(Path(folder) / "tokenizer")
-            rows = measure(options, device, Path(folder)) + rows
+            for row in measure(options, device, Path(folder)):
+                save("long_context", [row], folder=options.out, keys=("case",))
+                rows.append(row)
     print(save("long_context", rows, folder=options.out, keys=("case",)))
     print(table(rows, ["case", "longest", "peak_mb", "predicted_mb", "seconds", "256k_gb", "64k_gb", "error"]))
 

@@ -5,7 +5,9 @@
 The Llama and the feedback of train_step.py: 20M parameters, V = 32000, batch 4, 512 tokens, float32, AdamW, no gradient
 checkpointing. Every case is a process of its own environment that trains without a break but for waiting: the processes
 take turns of a few steps. All see the same tokens in the same batches in the same order; the program checks that the
-completion tokens agree. Peak memory is the largest resident memory while training, after the model was built and a
+completion tokens agree. With `--lengths 128 256 512 1024` every sequence has just so many tokens, a quarter of them prompt, cut
+from that feedback one after another, in batches of 2: tokens/s and memory by context length, in
+results/peers_step_lengths.json. Peak memory is the largest resident memory while training, after the model was built and a
 reference, where it is precomputed, was computed. Processor seconds, of all threads, tell whether the machine had other
 work.
 """
@@ -20,11 +22,13 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from common import Worker, peak_rss, peers_python, reset_peak_rss, save, say, summary, table
 
 ROOT = Path(__file__).parents[1]
 BATCH, MAX_LENGTH, LEARNING_RATE, WARM_UP = 4, 512, 1e-5, 3
+BATCH_OF_LENGTHS, PROMPT_SHARE = 2, 4
 OURS = {"BCO": "bco_fast BCO", "KTO": "bco_fast KTO"}
 PEERS = {  # case: objective, environment, precomputed reference
     "TRL 1.12 BCO": ("BCO", "trl-1.12", False),
@@ -37,12 +41,21 @@ PEERS = {  # case: objective, environment, precomputed reference
 # ---- in the process of a case
 
 
-def training_options(folder: Path, steps: int) -> dict:
+class Setting(NamedTuple):
+    """What all cases share."""
+
+    folder: Path
+    steps: int
+    batch: int = BATCH
+    max_length: int = MAX_LENGTH
+
+
+def training_options(setting: Setting) -> dict:
     return {
-        "output_dir": str(folder / "out"),
-        "max_length": MAX_LENGTH,
-        "per_device_train_batch_size": BATCH,
-        "max_steps": steps,
+        "output_dir": str(setting.folder / "out"),
+        "max_length": setting.max_length,
+        "per_device_train_batch_size": setting.batch,
+        "max_steps": setting.steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "logging_steps": 10,
@@ -68,28 +81,39 @@ def counting(trainer_class: type, tokens) -> type:
     return Counting
 
 
-def ours(objective: str, folder: Path, steps: int):
+def ours(objective: str, setting: Setting):
+    import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bco_fast import FeedbackConfig, FeedbackTrainer
+    from bco_fast.data import Example, FeedbackDataset
 
-    options = {**training_options(folder, steps), "loss_type": objective.lower(), "cache_dir": str(folder / objective)}
+    folder = setting.folder
+    options = {**training_options(setting), "loss_type": objective.lower(), "cache_dir": str(folder / objective)}
     trainer = counting(FeedbackTrainer, lambda inputs: (inputs["targets"] >= 0).sum())
+    rows = json.loads((folder / "tokens.json").read_text())
+    examples = [
+        Example(
+            np.array(row["prompt_ids"] + row["completion_ids"], np.int32), len(row["prompt_ids"]), row["label"], 1.0
+        )
+        for row in rows
+    ]
     return trainer(
         AutoModelForCausalLM.from_pretrained(folder / "model"),
         FeedbackConfig(**options),
-        str(folder / "feedback.jsonl"),
+        FeedbackDataset(examples),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
 
 
-def trl_bco(folder: Path, steps: int, precomputed: bool):
+def trl_bco(setting: Setting, precomputed: bool):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.bco import BCOConfig, BCOTrainer
 
+    folder = setting.folder
     args = BCOConfig(
-        **training_options(folder, steps),
+        **training_options(setting),
         precompute_ref_log_probs=precomputed,
         gradient_checkpointing=False,
         bf16=False,
@@ -118,7 +142,7 @@ def trl_bco(folder: Path, steps: int, precomputed: bool):
     return trainer
 
 
-def trl_kto(folder: Path, steps: int, precomputed: bool):
+def trl_kto(setting: Setting, precomputed: bool):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import KTOConfig, KTOTrainer
@@ -127,13 +151,14 @@ def trl_kto(folder: Path, steps: int, precomputed: bool):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
+    folder = setting.folder
     rows = json.loads((folder / "tokens.json").read_text())
-    for first in range(0, len(rows), BATCH):  # completions turned by one within a batch, as it does
-        batch = rows[first : first + BATCH]
+    for first in range(0, len(rows), setting.batch):  # completions turned by one within a batch, as it does
+        batch = rows[first : first + setting.batch]
         for row, other in zip(batch, [batch[-1], *batch], strict=False):
             row["KL_completion_ids"] = other["completion_ids"]
     args = KTOConfig(
-        **training_options(folder, steps),
+        **training_options(setting),
         precompute_ref_log_probs=precomputed,
         gradient_checkpointing=False,
         bf16=False,
@@ -147,7 +172,7 @@ def trl_kto(folder: Path, steps: int, precomputed: bool):
     )
 
 
-def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
+def work(case: str, setting: Setting, per_turn: int) -> None:
     """Train; tell the parent when a turn is over and wait for the next, by lines of JSON that begin with @."""
     from transformers import TrainerCallback
 
@@ -160,7 +185,7 @@ def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
             if (state.global_step - WARM_UP) % per_turn == 0 and state.global_step >= WARM_UP:
                 say(self.steps)
                 self.steps = []
-                if state.global_step < steps and not sys.stdin.readline():
+                if state.global_step < setting.steps and not sys.stdin.readline():
                     sys.exit("the parent is gone")
             self.last = self.now()
 
@@ -171,9 +196,9 @@ def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
     if case in PEERS:
         objective, package, precomputed = PEERS[case]
         package = package.partition("-")[0]
-        trainer = {"BCO": trl_bco, "KTO": trl_kto}[objective](folder, steps, precomputed)
+        trainer = {"BCO": trl_bco, "KTO": trl_kto}[objective](setting, precomputed)
     else:
-        package, trainer = "bco_fast", ours(case.split()[-1], folder, steps)
+        package, trainer = "bco_fast", ours(case.split()[-1], setting)
     turns = Turns()
     trainer.add_callback(turns)
     trainer.train()
@@ -185,19 +210,22 @@ def work(case: str, folder: Path, steps: int, per_turn: int) -> None:
 # ---- in the parent
 
 
-def prepare(data: Path, folder: Path, rows: int) -> int:
+def prepare(data: Path, setting: Setting, cut: bool) -> int:
     """The model, the feedback and its tokens, in files; -> parameters."""
     from train_step import VOCABULARY, build_model, byte_pair_tokenizer
 
     from bco_fast.data import load_feedback
 
+    folder, rows = setting.folder, setting.steps * setting.batch
     model, tokenizer = build_model(), byte_pair_tokenizer(data, VOCABULARY)
+    model.config.max_position_embeddings = max(setting.max_length, MAX_LENGTH)
     tokenizer.pad_token = tokenizer.eos_token  # what the model's config says, and both peers want to be told
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    lines = data.read_text().splitlines()[:rows]
+    lines = data.read_text().splitlines()
+    lines = lines if cut else lines[:rows]
     (folder / "feedback.jsonl").write_text("\n".join(lines) + "\n")
-    dataset = load_feedback(folder / "feedback.jsonl", tokenizer, max_length=MAX_LENGTH)
+    dataset = load_feedback(folder / "feedback.jsonl", tokenizer, max_length=setting.max_length)
     tokens = [
         {
             "prompt_ids": example.input_ids[: example.completion_start].tolist(),
@@ -206,24 +234,35 @@ def prepare(data: Path, folder: Path, rows: int) -> int:
         }
         for example in dataset.examples
     ]
+    if cut:
+        stream = [token for row in tokens for token in row["prompt_ids"] + row["completion_ids"]]
+        length, prompt = setting.max_length, setting.max_length // PROMPT_SHARE
+        parts = [stream[i * length : (i + 1) * length] for i in range(rows)]
+        tokens = [
+            {"prompt_ids": part[:prompt], "completion_ids": part[prompt:], "label": i % 2 == 0}
+            for i, part in enumerate(parts)
+        ]
+        if len(tokens[-1]["completion_ids"]) + prompt != length:
+            raise ValueError(f"{data} has too few tokens for {rows} sequences of {length}")
     (folder / "tokens.json").write_text(json.dumps(tokens))
     return sum(p.numel() for p in model.parameters())
 
 
-def start(python: Path, case: str, folder: Path, options: argparse.Namespace) -> Worker:
-    arguments = ["--worker", case, "--folder", folder, "--turns", options.turns, "--per-turn", options.per_turn]
+def start(python: Path, case: str, setting: Setting, options: argparse.Namespace) -> Worker:
+    arguments = ["--worker", case, "--folder", setting.folder, "--turns", options.turns, "--per-turn", options.per_turn]
+    arguments += ["--batch", setting.batch, "--max-length", setting.max_length]
     environment = {"TRL_EXPERIMENTAL_SILENCE": "1"} | ({"PYTHONPATH": None} if case in PEERS else {})
-    return Worker(case, [python, __file__, *arguments], folder / f"{case}.log", **environment)
+    return Worker(case, [python, __file__, *arguments], setting.folder / f"{case}.log", **environment)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
+def measure(options: argparse.Namespace, setting: Setting) -> dict[str, dict]:
     """case -> what it measured."""
     pythons = dict.fromkeys(OURS.values(), Path(sys.executable))
     pythons |= {case: peers_python(package) for case, (_, package, _) in PEERS.items()}
     workers: list[Worker] = []
     try:
         for case, python in pythons.items():
-            workers.append(start(python, case, folder, options))
+            workers.append(start(python, case, setting, options))
             workers[-1].answer()  # warm: before the next one starts, so that they do not disturb each other
         steps = {worker.name: [] for worker in workers}
         for _ in range(options.turns):
@@ -235,12 +274,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict]:
             worker.stop()
 
 
-def rows_of(measured: dict[str, dict], parameters: int) -> list[dict]:
+def rows_of(measured: dict[str, dict], parameters: int, setting: Setting) -> list[dict]:
     rows = []
     for case, values in measured.items():
         row = {"benchmark": "peers_step", "case": case, "parameters": parameters, "V": 32_000}
         seconds, processor = zip(*values.pop("steps"), strict=True)
-        row |= {"batch": BATCH, "max_length": MAX_LENGTH, **summary(seconds)}
+        row |= {"batch": setting.batch, "max_length": setting.max_length, **summary(seconds)}
         row |= {"processor_median_s": round(statistics.median(processor), 3), **values}
         rows.append(row)
     by_case = {row["case"]: row for row in rows}
@@ -260,24 +299,48 @@ def main() -> None:
     parser.add_argument("--per-turn", type=int, default=4, help="steps of one turn")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", type=int, nargs="+", help="sequences of just so many tokens, instead of real ones")
+    parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help=argparse.SUPPRESS)
     options = parser.parse_args()
     steps = WARM_UP + options.turns * options.per_turn
     if options.worker:
-        work(options.worker, options.folder, steps, options.per_turn)
+        setting = Setting(options.folder, steps, options.batch, options.max_length)
+        work(options.worker, setting, options.per_turn)
         return
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
     for package in sorted({package for _, package, _ in PEERS.values()}):
         peers_python(package)
-    with tempfile.TemporaryDirectory() as folder:
-        parameters = prepare(options.data, Path(folder), steps * BATCH)
-        rows = rows_of(measure(options, Path(folder)), parameters)
-    tokens = {row["case"]: row["completion_tokens"] for row in rows}
-    if len(set(tokens.values())) > 1:
-        raise RuntimeError(f"the cases trained on different completion tokens: {tokens}")
-    print(save("peers_step", rows))
     ratios = [f"ours_{what}_ratio" for what in ("time", "processor", "memory")]
-    print(table(rows, ["case", "median_s", "min_s", "max_s", "processor_median_s", "peak_mb", *ratios]))
+    columns = [
+        "case",
+        *["tokens_per_s"] * bool(options.lengths),
+        "median_s",
+        "min_s",
+        "max_s",
+        "processor_median_s",
+        "peak_mb",
+        *ratios,
+    ]
+    for length in options.lengths or [None]:
+        with tempfile.TemporaryDirectory() as folder:
+            setting = Setting(Path(folder), steps)
+            if length is not None:
+                setting = setting._replace(batch=BATCH_OF_LENGTHS, max_length=length)
+            parameters = prepare(options.data, setting, cut=length is not None)
+            rows = rows_of(measure(options, setting), parameters, setting)
+        tokens = {row["case"]: row["completion_tokens"] for row in rows}
+        if len(set(tokens.values())) > 1:
+            raise RuntimeError(f"the cases trained on different completion tokens: {tokens}")
+        if length is None:
+            print(save("peers_step", rows))
+        else:
+            for row in rows:
+                row |= {"trainer": row["case"], "case": f"{row['case']}, {length} tokens"}
+                row["tokens_per_s"] = round(setting.batch * length / row["median_s"])
+            print(save("peers_step_lengths", rows, keys=("case",)))
+        print(table(rows, columns))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""The README's charts, drawn from the result files: docs/charts/*.svg.
+
+    python benchmarks/charts.py
+
+Plain SVG without a library: a transparent ground, and colours that read on a light and on a dark page. Drawing is
+deterministic, so a test can say that every point of a chart is a row of benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS, CHARTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "charts"
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 196, 84, 52
+STYLE = (
+    "text{font:13px system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif;fill:#57606a}"
+    ".title{font-size:15px;font-weight:600}.small{font-size:12px}"
+    ".grid{stroke:#8b949e;stroke-opacity:.3}.axis{stroke:#8b949e}"
+    "@media (prefers-color-scheme:dark){text{fill:#adbac7}}"
+)
+OURS, OURS_TOO = "#0ea5a0", "#2f81f7"
+THEIRS = ("#e5703a", "#c2479b", "#9a7b1f", "#8b949e", "#d04a4a", "#7a67d8")
+DASHED = 'stroke-dasharray="5 4"'
+
+
+def rows_of(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str, more: str = "") -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}" {more}/>'
+
+
+def svg(title: str, subtitle: str, parts: list[str], height: float = HEIGHT) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" width="{WIDTH}">'
+    words = [text(16, 22, title, kind="title"), text(16, 41, subtitle, kind="small")]
+    return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", *words, *parts, "</svg>\n"])
+
+
+def ticks(low: float, high: float, *, base: float, log: bool) -> list[float]:
+    if log:
+        first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
+        return [base**e for e in range(first, last + 1)]
+    step = 10 ** math.floor(math.log10(high))
+    step = next(s for s in (step / 5, step / 2, step) if high / s <= 6)
+    return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def shown(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+
+
+def lines_chart(
+    title: str,
+    subtitle: str,
+    lines: dict[str, tuple[list[tuple[float, float]], str, bool]],  # name: points, colour, dashed
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool,
+    limit: tuple[str, float] | None = None,
+) -> str:
+    """Lines over a base-2 logarithmic x axis, their names at the right, one under another."""
+    xs = [x for points, _, _ in lines.values() for x, _ in points]
+    ys = [y for points, _, _ in lines.values() for _, y in points] + ([limit[1]] if limit else [])
+    x_ticks = ticks(min(xs), max(xs), base=2, log=True)
+    y_ticks = ticks(min(ys), max(ys), base=2 if log_y else 10, log=log_y)
+    scale_y = math.log if log_y else float
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (math.log(x) - math.log(x_ticks[0])) / (math.log(x_ticks[-1]) - math.log(x_ticks[0]))
+        up = (scale_y(y) - scale_y(y_ticks[0])) / (scale_y(y_ticks[-1]) - scale_y(y_ticks[0]))
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for tick in y_ticks:
+        _, y = at(x_ticks[0], tick)
+        parts += [
+            line(LEFT, y, WIDTH - RIGHT, y, "grid"),
+            text(LEFT - 8, y + 4, shown(tick), anchor="end", kind="small"),
+        ]
+    for tick in x_ticks:
+        x, y = at(tick, y_ticks[0])
+        words = f"{tick // 1024:.0f}k" if tick >= 1024 else f"{tick:g}"
+        parts += [line(x, y, x, y + 5, "axis"), text(x, y + 20, words, anchor="middle", kind="small")]
+    parts.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(text(middle, HEIGHT - 12, x_label, anchor="middle", kind="small"))
+    parts.append(text(16, 66, y_label, kind="small"))
+    if limit:
+        _, y = at(x_ticks[0], limit[1])
+        parts += [
+            line(LEFT, y, WIDTH - RIGHT, y, "axis", DASHED),
+            text(WIDTH - RIGHT - 6, y - 6, limit[0], anchor="end", kind="small"),
+        ]
+    ends = []
+    for name, (points, colour, dashed) in lines.items():
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in sorted(points)))
+        style = f'fill="none" stroke="{colour}" stroke-width="2.2" {DASHED if dashed else ""}'
+        parts.append(f'<polyline points="{path}" {style}/>')
+        for point in points:
+            x, y = at(*point)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}"/>')
+        ends.append((at(*max(points))[1], name, colour))
+    return svg(title, subtitle, parts + names_at_right(ends))
+
+
+def names_at_right(ends: list[tuple[float, str, str]]) -> list[str]:
+    """Each line's name near its end, moved apart where they would cover one another."""
+    parts, below = [], TOP - 25.0
+    spare = HEIGHT - BOTTOM - 17.0 * (len(ends) - 1)
+    for i, (y, name, colour) in enumerate(sorted(ends)):
+        y = max(min(y, spare + 17 * i), below + 17)
+        below = y
+        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}"/>')
+        parts.append(text(WIDTH - RIGHT + 28, y + 4, name, kind="small"))
+    return parts
+
+
+def memory_chart() -> str:
+    """Peak memory of a training step against the length of its sequence, up to the budget."""
+    rows = [r for r in rows_of("long_context") if not r["predicted"] and r.get("peak_mb_by_tokens")]
+    chosen = {
+        "bco_fast, full": ("bco_fast", OURS, False),
+        "bco_fast, LoRA": ("bco_fast, LoRA", OURS_TOO, False),
+        "PyTorch that stores the logits, full": ("stored logits", THEIRS[0], False),
+        "PyTorch that stores the logits, LoRA": ("stored logits, LoRA", THEIRS[1], False),
+        "TRL 1.12 BCO, full": ("TRL 1.12 BCO", THEIRS[2], False),
+        "TRL 1.16 KTOTrainer, full": ("TRL 1.16 KTOTrainer", THEIRS[4], False),
+    }
+    lines = {}
+    for case, (name, colour, dashed) in chosen.items():
+        for row in rows:
+            if row["case"] == f"{row['shape']}, {case}":
+                points = [(int(t), mb) for t, mb in row["peak_mb_by_tokens"].items() if mb <= row["budget_mb"]]
+                if points:
+                    lines[f"{name}: {row['longest']}{'' if row['too_long'] else '+'}"] = (points, colour, dashed)
+    row = rows[0]
+    return lines_chart(
+        "Memory against context",
+        f"Training a {row['parameters'] / 1e6:.0f}M Llama, V = {row['V']}, on the CPU; the number: longest context that fits",
+        lines,
+        x_label="tokens of the sequence",
+        y_label="MB at the peak",
+        log_y=False,
+        limit=(f"budget {row['budget_mb']:.0f} MB", row["budget_mb"]),
+    )
+
+
+def time_chart() -> str:
+    """Seconds of forward and backward of the head, ours and the peers', one bar each."""
+    rows = [
+        r
+        for r in rows_of("head_peers")
+        if (r["part"], r["shape"], r["logits"], r["dtype"]) == ("time", "Qwen2.5-0.5B", "peaked", "float32")
+    ]
+    parts, y = [], 62
+    for mode, label in (("frozen", "frozen head (LoRA)"), ("trainable", "trained head")):
+        group = sorted((r for r in rows if r["mode"] == mode and "median_s" in r), key=lambda r: r["median_s"])
+        plain = next(r["median_s"] for r in group if r["contender"] == "PyTorch")
+        parts.append(text(16, y + 12, label, kind="title"))
+        y += 24
+        for row in group:
+            ours = row["contender"].startswith("bco_fast")
+            width = min(row["median_s"] / plain, 2.5) / 2.5 * 300
+            colour = OURS if ours else THEIRS[3]
+            parts.append(text(232, y + 12, row["contender"], anchor="end", kind="small"))
+            parts.append(f'<rect x="240" y="{y}" width="{width:.1f}" height="16" rx="2" fill="{colour}"/>')
+            if row["median_s"] / plain > 2.5:  # torn, so that the others can be told apart
+                parts.append(text(240 + width - 22, y + 12, "//", kind="small"))
+            words = f"{row['median_s']:.2f} s, {row['extra_mb']:.0f} MB"
+            parts.append(text(248 + width, y + 12, words, kind="small"))
+            y += 22
+        y += 14
+    row = rows[0]
+    return svg(
+        "The lm-head against its peers",
+        f"Forward and backward, Qwen2.5-0.5B's head, N = {row['N']}, float32, one CPU core; time, memory beyond the inputs",
+        parts,
+        y + 6,
+    )
+
+
+def step_chart() -> str:
+    """Tokens a second of a training step by the length of its sequences."""
+    rows = rows_of("peers_step_lengths")
+    colours = {"bco_fast BCO": OURS, "bco_fast KTO": OURS_TOO}
+    peers = iter(THEIRS)
+    lines = {}
+    for name in dict.fromkeys(r["trainer"] for r in rows):
+        points = [(r["max_length"], r["tokens_per_s"]) for r in rows if r["trainer"] == name]
+        short = name.replace("precomputed", "cached")
+        lines[short] = (points, colours.get(name) or next(peers), "precomputed" in name)
+    row = rows[0]
+    return lines_chart(
+        "A training step by context length",
+        f"{row['parameters'] / 1e6:.0f}M Llama, V = {row['V']}, batch {row['batch']}, float32, one CPU core; dashed: reference precomputed",
+        lines,
+        x_label="tokens of each sequence",
+        y_label="tokens/s",
+        log_y=False,
+    )
+
+
+DRAWN = {"memory": memory_chart, "time": time_chart, "step": step_chart}
+
+
+def main() -> None:
+    CHARTS.mkdir(parents=True, exist_ok=True)
+    for name, draw in DRAWN.items():
+        (CHARTS / f"{name}.svg").write_text(draw())
+        print(CHARTS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
