@@ -14,6 +14,7 @@ help:
 	@echo 'make test-all  the tests and the long proofs'
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
+	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about an hour)'
 	@echo 'make docs      the documentation site, into build/site'
 	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
 
@@ -60,6 +61,16 @@ bench: venv
 	$(RUN) benchmarks/head_cpu.py
 	$(RUN) benchmarks/demo.py
 	$(RUN) benchmarks/train_step.py
+
+# One thread each: a machine's other work then enters the processor seconds least.
+bench-peers: venv venv-peers
+	$(RUN) benchmarks/cache_fill.py --peer-python .venv-peers-trl-1.16/bin/python
+	$(RUN) benchmarks/peers_step.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/peers_step.py --turns 2 --per-turn 2 --lengths 128 256 512 1024
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/head_peers.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/long_context.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/growth.py
+	$(RUN) benchmarks/charts.py
 
 docs: .venv-docs/.made
 	.venv-docs/bin/python -m mkdocs build --strict --quiet

@@ -6,10 +6,10 @@
 Every contender runs in a process of its own, peers in the environment of their own package where they have one; the
 processes map one weight and take turns. A contender that is not installed or fails is a row with its error. Extra
 memory is what a step takes beyond its inputs, gradients included. `share_of_limit`: the useful FLOP and bytes
-(counts.py) at the rates measured in the same run, over the time. OMP_NUM_THREADS=1 keeps a shared machine's other work
-out of the times. Errors are those of per-token log-probabilities
-against float64 on 4096 tokens, and of their sums. N is small where this machine is; shapes marked /4 have a quarter of
-the model's D and V.
+(counts.py) at the rates measured in the same run, over the time; it and `ratio_to_plain` are of processor seconds, which
+a machine's other work enters least with OMP_NUM_THREADS=1. Errors are those of per-token log-probabilities against
+float64 on 4096 tokens, and of their sums. N is small where this machine is; shapes marked /4 have a quarter of the
+model's D and V.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -62,15 +63,19 @@ def work(job: dict) -> None:
         return
     head.step(logps, job["mode"])  # libraries are up, compilers have compiled
     gc.collect()
-    before, start = reset_peak_rss(), time.perf_counter()
-    kept = head.step(logps, job["mode"])
-    seconds = time.perf_counter() - start
-    say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first_s": seconds})
+    before = reset_peak_rss()
+    kept, first = timed(lambda: head.step(logps, job["mode"]))
+    say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first": first})
     del kept
     while sys.stdin.readline():
-        start = time.perf_counter()
-        head.step(logps, job["mode"])
-        say(time.perf_counter() - start)
+        say(timed(lambda: head.step(logps, job["mode"]))[1])
+
+
+def timed(step) -> tuple[object, tuple[float, float]]:
+    """-> its result, seconds and processor seconds."""
+    start, processor = time.perf_counter(), time.process_time()
+    result = step()
+    return result, (time.perf_counter() - start, time.process_time() - processor)
 
 
 # ---- in the parent
@@ -101,14 +106,14 @@ class Contest:
                 try:
                     workers[contender] = self.start(contender)
                     rows[contender] |= workers[contender].answer()
-                    first[contender] = rows[contender].pop("first_s")
+                    first[contender] = rows[contender].pop("first")
                 except (OSError, RuntimeError) as error:
                     rows[contender]["error"] = why(contender, error)
             running = [w for name, w in workers.items() if "error" not in rows[name]]
-            times = {w.name: [first[w.name]] if first[w.name] > PATIENCE_S else [] for w in running}
+            times = {w.name: [first[w.name]] if first[w.name][0] > PATIENCE_S else [] for w in running}
             for _ in range(turns):
                 for worker in running:
-                    if first[worker.name] <= PATIENCE_S:
+                    if first[worker.name][0] <= PATIENCE_S:
                         times[worker.name].append(worker.turn())
         finally:
             for worker in workers.values():
@@ -116,11 +121,14 @@ class Contest:
         n, d, v = (self.row[k] for k in "NDV")
         item = getattr(torch, self.row["dtype"]).itemsize
         work = head_flops(self.row["mode"], n, d, v), head_bytes(self.row["mode"], n, d, v, item)
-        for name, seconds in times.items():
-            rows[name] |= summary(seconds)
-            rows[name]["share_of_limit"] = share_of_limit(*work, rows[name]["median_s"], limits)
+        for name, turns_taken in times.items():
+            seconds, processor = zip(*turns_taken, strict=True)
+            rows[name] |= summary(seconds) | {"processor_s": round(statistics.median(processor), 5)}
+            rows[name]["share_of_limit"] = share_of_limit(
+                *work, rows[name]["processor_s"] / self.row["threads"], limits
+            )
         for name in times:
-            rows[name]["ratio_to_plain"] = round(rows[name]["median_s"] / rows["PyTorch"]["median_s"], 3)
+            rows[name]["ratio_to_plain"] = round(rows[name]["processor_s"] / rows["PyTorch"]["processor_s"], 3)
         return [{**row, **limits} for row in rows.values()]
 
     def errors(self) -> list[dict]:
@@ -183,7 +191,17 @@ def contests(options: argparse.Namespace, folder: Path, limits: dict) -> None:
 
 
 COLUMNS = {
-    "time": ["case", "median_s", "min_s", "max_s", "ratio_to_plain", "share_of_limit", "extra_mb", "error"],
+    "time": [
+        "case",
+        "median_s",
+        "min_s",
+        "max_s",
+        "processor_s",
+        "ratio_to_plain",
+        "share_of_limit",
+        "extra_mb",
+        "error",
+    ],
     "errors": ["case", "logp_rms_error", "logp_max_error", "sum_256_error", "sum_4096_error", "error"],
 }
 SKIPPED = {("errors", "bfloat16", name) for name in SHAPES if name not in ("Qwen2.5-0.5B", "Gemma-2-2B /4")}

@@ -315,7 +315,7 @@ def main() -> None:
     ratios = [f"ours_{what}_ratio" for what in ("time", "processor", "memory")]
     columns = [
         "case",
-        *["tokens_per_s"] * bool(options.lengths),
+        *["tokens_per_s", "tokens_per_processor_s"] * bool(options.lengths),
         "median_s",
         "min_s",
         "max_s",
@@ -339,6 +339,7 @@ def main() -> None:
             for row in rows:
                 row |= {"trainer": row["case"], "case": f"{row['case']}, {length} tokens"}
                 row["tokens_per_s"] = round(setting.batch * length / row["median_s"])
+                row["tokens_per_processor_s"] = round(setting.batch * length / row["processor_median_s"])
             print(save("peers_step_lengths", rows, keys=("case",)))
         print(table(rows, columns))
 
