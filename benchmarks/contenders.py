@@ -22,7 +22,7 @@ LOGITS = ("flat", "peaked")
 
 class Head:
     """One shape's inputs. Flat: logits are normal, so a target is as unlikely as any token. Peaked: a trained model's
-    tokens; the target's logit is lifted by a random amount, and most targets are likely."""
+    tokens; the target's logit is lifted by a random amount, and most targets are likely (their mean is about -1 nat)."""
 
     def __init__(
         self,
@@ -36,11 +36,12 @@ class Head:
     ):
         n, d, v, self.softcap = shape
         self.workspace_bytes = workspace_bytes
+        self.stats = None  # of our last backward, where it may be sparse
         g = torch.Generator(device).manual_seed(0)
         self.hidden = torch.randn(n, d, generator=g, device=device)
         self.targets = torch.randint(0, v, (n,), generator=g, device=device)
         self.upstream = torch.randn(n, generator=g, device=device)
-        lift = 2.5 * torch.rand(n, 1, generator=g, device=device)
+        lift = 1 + 3 * torch.rand(n, 1, generator=g, device=device)
         self.weight = head_weight(shape, device, dtype) if weight is None else weight
         if logits == "peaked":
             self.hidden += lift * self.weight[self.targets].float()
@@ -99,8 +100,10 @@ def compiled(head: Head) -> Callable:
 
 
 def ours(head: Head, *, backend: str = "auto", method: str | None = None, sparse_tolerance: float = 0.0) -> Callable:
-    from bco_fast import fused_linear_logps
+    from bco_fast import HeadStats, fused_linear_logps
     from bco_fast.kernels import configs
+
+    head.stats = HeadStats() if sparse_tolerance else None
 
     def logps(hidden, weight, targets):
         with mock.patch.object(configs, "forward_method", return_value=method) if method else nullcontext():
@@ -112,6 +115,7 @@ def ours(head: Head, *, backend: str = "auto", method: str | None = None, sparse
                 backend=backend,
                 workspace_bytes=head.workspace_bytes,
                 sparse_tolerance=sparse_tolerance,
+                stats=head.stats,
             )
 
     return logps

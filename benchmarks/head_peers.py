@@ -65,7 +65,8 @@ def work(job: dict) -> None:
     gc.collect()
     before = reset_peak_rss()
     kept, first = timed(lambda: head.step(logps, job["mode"]))
-    say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first": first})
+    rho = {"rho": round(head.stats.rho, 3)} if head.stats and head.stats.rho is not None else {}
+    say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first": first, **rho})
     del kept
     while sys.stdin.readline():
         say(timed(lambda: head.step(logps, job["mode"]))[1])
@@ -84,8 +85,8 @@ def timed(step) -> tuple[object, tuple[float, float]]:
 class Contest:
     """The contenders of one shape, kind of logits, dtype and mode."""
 
-    def __init__(self, row: dict, folder: Path, weight: Path):
-        self.row, self.folder, self.weight = row, folder, weight
+    def __init__(self, row: dict, folder: Path, weight: Path, contenders: list[str]):
+        self.row, self.folder, self.weight, self.contenders = row, folder, weight, contenders
 
     def start(self, contender: str) -> Worker:
         job = {**self.row, "contender": contender, "size": [self.row[k] for k in ("N", "D", "V", "softcap")]}
@@ -98,7 +99,7 @@ class Contest:
     def time(self, turns: int, limits: dict) -> list[dict]:
         workers, rows, first = {}, {}, {}
         try:
-            for contender in CONTENDERS:
+            for contender in self.contenders:
                 rows[contender] = {**self.row, "contender": contender}
                 if contender in MISSING:
                     rows[contender]["error"] = MISSING[contender]
@@ -137,7 +138,7 @@ class Contest:
         head = Head(shape, "cpu", dtype, logits=self.row["logits"], weight=stored.view(shape[2], shape[1]))
         exact = head.exact(shape[0], block=256)
         rows = []
-        for contender in CONTENDERS:
+        for contender in self.contenders:
             row = {**self.row, "contender": contender}
             rows.append(row)
             if contender in MISSING:
@@ -181,7 +182,7 @@ def contests(options: argparse.Namespace, folder: Path, limits: dict) -> None:
                         "dtype": dtype,
                         **dict(zip(("N", "D", "V", "softcap"), size, strict=True)),
                     }
-                    contest = Contest(row, folder, weight)
+                    contest = Contest(row, folder, weight, options.contender or list(CONTENDERS))
                     done = contest.errors() if part == "errors" else contest.time(options.turns, limits[dtype])
                     for r in done:
                         r["case"] = ", ".join(str(r[k]) for k in KEYS)
@@ -214,6 +215,9 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=["time", "errors"], help="only this one")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--logits", action="append", choices=LOGITS, help="only these")
+    parser.add_argument(
+        "--contender", action="append", choices=list(CONTENDERS), help="only these; PyTorch with a time"
+    )
     parser.add_argument("--mode", action="append", choices=MODES, help="only this one")
     parser.add_argument("--turns", type=int, default=5, help="times each contender is measured")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -226,6 +230,8 @@ def main() -> None:
         except Exception as error:  # whatever a peer raises is its row
             sys.exit(described(error))
         return
+    if options.contender and "PyTorch" not in options.contender:
+        options.contender.append("PyTorch")
     options.part = options.part or ["time", "errors"]
     options.dtype = options.dtype or ["float32", "bfloat16"]
     limits = {name: measured_limits("cpu", getattr(torch, name)) for name in ("float32", "bfloat16")}

@@ -170,3 +170,10 @@ def test_a_figure_without_its_row_is_refused(monkeypatch, tmp_path):
     path.write_text(json.dumps(result))
     monkeypatch.setattr(charts, "RESULTS", tmp_path)
     assert charts.DRAWN["time"]() != (ROOT / "docs" / "charts" / "time.svg").read_text()
+
+
+def test_no_figure_of_the_pictures_goes_without_its_row():
+    section = (ROOT / "README.md").read_text().partition("## In pictures")[2].partition("\n## ")[0]
+    assert section
+    bare = re.sub(r"[\d.,]+\s*[A-Za-z%]*\s*<!-- \w+; [^;]+; \w+ -->", "", section)
+    assert not re.findall(r"\d[\d.,]*\s*(?:MB|GB|tokens/s|tokens|s|%|of it|times)\b", bare.replace("256k tokens", ""))
