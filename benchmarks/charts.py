@@ -166,6 +166,8 @@ def time_chart() -> str:
     parts, y = [], 62
     for mode, label in (("frozen", "frozen head (LoRA)"), ("trainable", "trained head")):
         group = sorted((r for r in rows if r["mode"] == mode and "processor_s" in r), key=lambda r: r["processor_s"])
+        if mode == "frozen":  # there is no backward to be sparse
+            group = [r for r in group if "sparse" not in r["contender"]]
         plain = next(r["processor_s"] for r in group if r["contender"] == "PyTorch")
         parts.append(text(16, y + 12, label, kind="title"))
         y += 24
