@@ -59,6 +59,7 @@ lint: venv
 
 bench: venv
 	$(RUN) benchmarks/head_cpu.py
+	$(RUN) benchmarks/head_sparse.py
 	$(RUN) benchmarks/demo.py
 	$(RUN) benchmarks/train_step.py
 
