@@ -55,7 +55,7 @@ MUTANTS = {
     "the last bin dropped whole": (CELLS, "sums = spent + histogram.cumsum(0)", "sums = spent + histogram.cumsum(0) - histogram"),
     "target cells not kept": (CELLS, "kept.gather(1, tile[rows]) | (own & (upstream != 0))[rows, None]", "kept.gather(1, tile[rows])"),
     "a cut tile not carried": (SPARSE, "mask=(o_d < tl.where(carried, D, 0))[None, :]", "mask=(o_d < 0)[None, :]"),
-    "first cell of the launch forgotten": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + o_i[:, None] * TILE"),
+    "tiles written over one another": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + (o_i - start)[:, None] * TILE"),
     "a row's last product left out": (SPARSE, "for i in range(start, stop):", "for i in range(start, stop - 1):"),
     "weight gradient in the wrong order": (SPARSE, "p_weight = d_weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)", "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)"),
     "weight gradient of the last rows only": (CHUNKED, "return part if total is None else total.add_(part)", "return part"),

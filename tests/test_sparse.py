@@ -110,7 +110,7 @@ def test_the_bound_holds_in_500_cases(kind, always):
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_all_gradients_are_those_of_the_kept_cells(backend, options, always):
     """d hidden, d weight and d bias against the dense backward's dlogits with the cells that were dropped set to 0."""
-    made = case(60, 900, 40, spread=6.0, bias=True, options=options)
+    made = case(120, 900, 40, spread=6.0, bias=True, options=options)
     truth = run(made, "reference", torch.float64)
     for workspace in (1 << 20, 450_000):  # the second: tiles are cut
         found = run(made, backend, torch.float32, sparse_tolerance=2.0**-14, workspace_bytes=workspace)
