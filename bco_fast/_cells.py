@@ -1,7 +1,7 @@
 """Which cells of the logits' gradient a backward may leave out, under a guarantee.
 
-A cell is one row and one tile of the vocabulary, MASS_TILE columns of the backend. The forward knows the mass of each, a = sum of p_k f_k over its
-columns (f is the softcap's slope, 1 without one), and with c the upstream gradient of a row
+A cell is one row and one tile of the vocabulary, MASS_TILE columns of the backend. The forward knows the mass of each, a = sum
+of p_k f_k over its columns (f is the softcap's slope, 1 without one), and with c the upstream gradient of a row
 
     |dZ|_1 = scale / temperature * sum over rows of |c| ((1 - p_y) f_y + sum over k != y of p_k f_k)
 

@@ -123,6 +123,19 @@ def positions(
     return torch.where(inside, position[targets.clamp(0, v - 1)], targets), None if bias is None else bias[order]
 
 
+def token_order(
+    order: Tensor | None,  # [V]
+    d_bias: Tensor | None,  # [V], in the positions of `order`
+) -> Tensor | None:
+    """Undoes what `positions` did to the bias, for its gradient."""
+    return d_bias if d_bias is None or order is None else torch.empty_like(d_bias).index_copy_(0, order, d_bias)
+
+
+def is_trainable(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient of the head will be asked for."""
+    return torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def _unit_stride(tensor: Tensor) -> Tensor:
     # An expanded row has stride 0 and a transposed one stride N; kernels and oneDNN want rows that lie in memory.
     return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
@@ -361,10 +374,7 @@ def _linear_logps_backward(
         tolerance=sparse_tolerance,
         order=vocab_order,
     )
-    d_bias = grads.bias
-    if d_bias is not None and vocab_order is not None:
-        d_bias = torch.empty_like(d_bias).index_copy_(0, vocab_order, d_bias)
-    found = (grads.hidden, grads.weight, d_bias)
+    found = (grads.hidden, grads.weight, token_order(vocab_order, grads.bias))
     stats = torch.tensor([grads.rho, grads.certified], dtype=torch.float64)
     return *(hidden.new_zeros(0) if grad is None else grad for grad in found), stats
 
@@ -454,7 +464,7 @@ def linear_logps(
         if stats is not None and logps.requires_grad:
             logps.register_hook(lambda _: _report_dense(stats))
         return logps, h if entropy else None
-    trainable = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    trainable = is_trainable(weight, bias)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
     if not trainable or sparse_tolerance == 0.0:  # nothing to be sparse about
         sparse_tolerance, vocab_order = 0.0, None

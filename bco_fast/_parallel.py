@@ -108,12 +108,9 @@ class _VocabParallelLogps(torch.autograd.Function):
             order=call.order,
             join_hidden=join_hidden,
         )
-        d_bias = found.bias
-        if d_bias is not None and call.order is not None:
-            d_bias = torch.empty_like(d_bias).index_copy_(0, call.order, d_bias)
         if call.stats is not None:
             call.stats.copy_(torch.tensor([found.rho, found.certified]))
-        grads[0], grads[1], grads[3] = found.hidden, found.weight, d_bias
+        grads[0], grads[1], grads[3] = found.hidden, found.weight, _ops.token_order(call.order, found.bias)
         return tuple(grads)
 
 
@@ -142,8 +139,7 @@ def linear_logps(
     keep = targets != ignore_index
     own = targets - first
     own = torch.where((own >= 0) & (own < weight.shape[0]), own, -1)
-    trainable = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if not trainable or sparse_tolerance == 0.0:
+    if not _ops.is_trainable(weight, bias) or sparse_tolerance == 0.0:
         sparse_tolerance, vocab_order = 0.0, None
     call = _Call(spec, entropy, backend, workspace_bytes, sparse_tolerance, vocab_order, stats, group)
     logps, h = _VocabParallelLogps.apply(hidden, weight, own, bias, keep, call)

@@ -115,7 +115,8 @@ def _onednn(a: Tensor) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [M, K] @ b [K, L], into `out` if given, in the accumulator's precision: float32 out of bf16 and fp16, never rounded back.
+    """a [M, K] @ b [K, L], into `out` if given, in the accumulator's precision: float32 out of bf16 and fp16, never
+    rounded back.
 
     a is a tile in that precision or an operand in the input's. A GPU multiplies in the input's dtype; the CPU has no
     such matmul with a float32 result, so there both are in the accumulator's dtype already.
