@@ -48,7 +48,7 @@ MUTANTS = {
     "scale missing in the gradient": (BACK, "b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)", "b_dz = b_dz * b_slope"),
     "entropy gradient without H": (BACK, "b_g * b_p * (b_logp + b_entropy)", "b_g * b_p * b_logp"),
     "chunk offset forgotten": (LAUNCH, "FIRST=first,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),", "FIRST=0,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),"),
-    "hidden gradient overwritten": (CHUNKED, "d_hidden[rows] += matmul(dz, chunk)", "d_hidden[rows] = matmul(dz, chunk)"),
+    "hidden gradient overwritten": (CHUNKED, "add_matmul(d_hidden[rows], dz, chunk)", "matmul(dz, chunk, out=d_hidden[rows])"),
     "target of a gathered row forgotten": (CHUNKED, "dz[exact.cell[here] - first, exact.column[here]] = exact.value[here]", "pass"),
     "cells of a foreign target dropped": (CELLS, "torch.where(own[rows, None], 0.0, weight.gather(1, at))", "torch.zeros_like(at, dtype=weight.dtype)"),
     "twice the budget": (CELLS, "dropped = (sums <= _UNITS).sum()", "dropped = (sums <= 2 * _UNITS).sum()"),
@@ -58,7 +58,7 @@ MUTANTS = {
     "tiles written over one another": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + (o_i - start)[:, None] * TILE"),
     "a row's last product left out": (SPARSE, "for i in range(start, stop):", "for i in range(start, stop - 1):"),
     "weight gradient in the wrong order": (SPARSE, "p_weight = d_weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)", "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)"),
-    "weight gradient of the last rows only": (CHUNKED, "return part if total is None else total.add_(part)", "return part"),
+    "weight gradient of the last rows only": (CHUNKED, "add_matmul(d_chunk, dz.T, hidden_rows)", "matmul(dz.T, hidden_rows, out=d_chunk)"),
 }  # fmt: skip
 
 

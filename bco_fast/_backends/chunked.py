@@ -121,15 +121,29 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     a is a tile in that precision or an operand in the input's. A GPU multiplies in the input's dtype; the CPU has no
     such matmul with a float32 result, so there both are in the accumulator's dtype already.
     """
+    if _writes_into(a, b):
+        return torch.mm(a, b, out=out)
     if a.dtype.itemsize > b.dtype.itemsize:
         a = a.to(b.dtype)
     if a.dtype.itemsize < 4:
         product = torch.mm(a, b, out_dtype=torch.float32)
-    elif _onednn(a) and b.shape[1] >= ONEDNN_FEWEST_COLUMNS:
-        product = torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
     else:
-        return torch.mm(a, b, out=out)
+        product = torch.ops.mkldnn._linear_pointwise(_packed(a), _packed(b).T, None, "none", [], "")
     return product if out is None else out.copy_(product)
+
+
+def _writes_into(a: Tensor, b: Tensor) -> bool:
+    """Whether `matmul` can write into, or add to, memory at hand; otherwise it allocates its product."""
+    if min(a.dtype.itemsize, b.dtype.itemsize) < 4:
+        return False
+    return not (_onednn(a) and b.shape[1] >= ONEDNN_FEWEST_COLUMNS)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total [M, L] += a [M, K] @ b [K, L], without a second [M, L] where that can be done."""
+    if _writes_into(a, b) and total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    return total.add_(matmul(a, b))
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -140,6 +154,21 @@ def _packed(x: Tensor) -> Tensor:
 def _operand(x: Tensor) -> Tensor:
     """x as the matmuls of its device want it."""
     return x.to(accumulator_dtype(x.dtype)) if x.device.type == "cpu" else x
+
+
+class _Memory:
+    """Matrices that every tile needs anew, taken once: the C library returns the pages of 4 MiB that are freed, and
+    fetching them again took 10 to 45 % of a step."""
+
+    def __init__(self, like: Tensor):
+        self.like, self.flat = like, {}
+
+    def take(self, name: str, rows: int, columns: int) -> Tensor:  # [rows, columns], what was in it last
+        size = rows * columns
+        if name not in self.flat or len(self.flat[name]) < size:
+            self.flat.pop(name, None)
+            self.flat[name] = self.like.new_empty(size, dtype=accumulator_dtype(self.like.dtype))
+        return self.flat[name][:size].view(rows, columns)
 
 
 def _rows(weight: Tensor, order: Tensor | None, columns: slice) -> Tensor:  # [C, D]
@@ -158,22 +187,25 @@ def logits_tile(
     weight: Tensor,  # [C, D]
     bias: Tensor | None,  # [C]
     spec: HeadSpec,
+    memory: _Memory,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [R, C] and, with a softcap, their slope 1 - tanh^2 [R, C]."""
-    z = matmul(hidden, weight.T)
+    shape = len(hidden), len(weight)
+    z = matmul(hidden, weight.T, memory.take("z", *shape) if _writes_into(hidden, weight.T) else None)
     if bias is not None:
         z += bias
-    return _finish(z, spec)
+    return _finish(z, spec, memory)
 
 
-def _finish(z: Tensor, spec: HeadSpec) -> tuple[Tensor, Tensor | None]:
+def _finish(z: Tensor, spec: HeadSpec, memory: _Memory) -> tuple[Tensor, Tensor | None]:
     """What comes after the bias, in place, and with a softcap the slope."""
     if spec.softcap is None:
         if spec.slope != 1.0:
             z *= spec.slope
         return z, None
     z = z.mul_(spec.logit_scale / spec.softcap)
-    slope = z.cosh().reciprocal_().square_()  # 1 - tanh^2 would cancel where the cap saturates
+    slope = torch.cosh(z, out=memory.take("slope", *z.shape))
+    slope.reciprocal_().square_()  # 1 - tanh^2 would cancel where the cap saturates
     z = z.tanh_()
     return z.mul_(spec.softcap / spec.temperature), slope
 
@@ -237,11 +269,11 @@ def forward(
     log_mass = hidden.new_empty((n, -(-v // MASS_TILE)), dtype=dtype) if mass else None  # of e^z f
     peak = torch.full_like(targets, -1)
 
-    operand = _operand(hidden)
+    operand, memory = _operand(hidden), _Memory(hidden)
     for columns in _slices(v, tile_columns):
         chunk, chunk_bias = _operand(_rows(weight, order, columns)), None if bias is None else bias[columns]
         for rows in _slices(len(hidden), tile_rows):
-            z, slope = logits_tile(operand[rows], chunk, chunk_bias, spec)
+            z, slope = logits_tile(operand[rows], chunk, chunk_bias, spec, memory)
             inside, at = _target_columns(targets[rows], columns)
             logits[rows] = torch.where(inside, z.gather(1, at)[:, 0], logits[rows])
             if direction and not entropy:  # no backward
@@ -255,7 +287,7 @@ def forward(
             if entropy:
                 moved = torch.where(shrink == 0, 0.0, row_max[rows] - m)
                 u[rows] = shrink * (u[rows] + moved * row_sum[rows])
-                e = z.exp()
+                e = torch.exp(z, out=memory.take("e", *z.shape))
                 u[rows] += z.mul_(e).nan_to_num_(nan=0.0).sum(1)  # -inf x 0 where the bias masks a token
             else:
                 e = z.exp_()
@@ -273,7 +305,7 @@ def forward(
                     e *= slope
                 part = pull[rows]
                 part *= shrink[:, None]
-                part += matmul(e, chunk)
+                add_matmul(part, e, chunk)
             row_max[rows] = m
             z = e = slope = None  # or they would stand beside the next tile
         chunk = None
@@ -314,7 +346,8 @@ def backward(
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
     d_bias = torch.empty_like(bias) if need.bias else None
-    operand = _operand(hidden)
+    in_place = need.weight and order is None and d_weight.dtype == dtype
+    operand, memory = _operand(hidden), _Memory(hidden)
     # Held once for all chunks: oneDNN's dz^T h is faster with h of unit stride in N. Low-precision rows are one copy
     # already.
     columnwise = need.weight and _onednn(operand) and operand is hidden
@@ -326,15 +359,19 @@ def backward(
         chunk, chunk_bias = _operand(_rows(weight, order, columns)), None if bias is None else bias[columns]
         d_chunk, d_chunk_bias = None, None
         for rows, hidden_rows in zip(_slices(len(hidden), tile_rows), right, strict=True):
-            dz = _dlogits_tile(operand[rows], chunk, chunk_bias, grad_logps, grad_entropy, saved, spec, rows, columns)
+            dz = _dlogits_tile(
+                operand[rows], chunk, chunk_bias, grad_logps, grad_entropy, saved, spec, rows, columns, memory
+            )
             if need.bias:
-                d_chunk_bias = _add(d_chunk_bias, dz.sum(0))
+                d_chunk_bias = dz.sum(0) if d_chunk_bias is None else d_chunk_bias.add_(dz.sum(0))
             if need.hidden:
-                d_hidden[rows] += matmul(dz, chunk)
-            if need.weight:
-                d_chunk = _add(d_chunk, matmul(dz.T, hidden_rows))
+                add_matmul(d_hidden[rows], dz, chunk)
+            if need.weight and d_chunk is None:
+                d_chunk = matmul(dz.T, hidden_rows, out=d_weight[columns] if in_place else None)
+            elif need.weight:
+                add_matmul(d_chunk, dz.T, hidden_rows)
             dz = None  # or it would stand beside the next tile
-        if need.weight:
+        if need.weight and not in_place:
             _put_rows(d_weight, order, columns, d_chunk)
         if need.bias:
             d_bias[columns] = d_chunk_bias
@@ -366,7 +403,7 @@ def sparse_backward(
     row_max = saved.row_max[:, None]
     exact = exact_entries(grad_logps, saved, spec, cells)
     exact_cells = exact.cell.tolist()
-    operand = _operand(hidden)
+    operand, memory = _operand(hidden), _Memory(hidden)
     in_place = need.weight and order is None and d_weight.dtype == dtype
     d_chunk = None
     for group in _groups(cells, v, *_group_sizes(saved, spec, cells.width, order, workspace_bytes)):
@@ -374,15 +411,15 @@ def sparse_backward(
         sizes = [piece.last - piece.first for piece in group]
         chunks = [_operand(_rows(weight, order, piece.columns)) for piece in group]
         rows = cells.rows[first:last]
-        gathered = operand.index_select(0, rows)
+        gathered = torch.index_select(operand, 0, rows, out=memory.take("gathered", last - first, d))
         hidden_rows = gathered.split(sizes)
-        dz = gathered.new_empty((last - first, len(chunks[0])))
+        dz = memory.take("z", last - first, len(chunks[0]))
         tiles = dz.split(sizes)
         for tile, part, chunk, piece in zip(tiles, hidden_rows, chunks, group, strict=True):
             matmul(part, chunk.T, out=tile)
             if bias is not None:
                 tile += bias[piece.columns]
-        _, slope = _finish(dz, spec)
+        _, slope = _finish(dz, spec, memory)
         dz.sub_(row_max[rows]).exp_().mul_(c[rows])
         here = slice(bisect.bisect_left(exact_cells, first), bisect.bisect_left(exact_cells, last))
         dz[exact.cell[here] - first, exact.column[here]] = exact.value[here]
@@ -394,11 +431,11 @@ def sparse_backward(
             if need.weight and in_place and piece.begins:
                 d_chunk = matmul(tile.T, part, out=d_weight[piece.columns])
             elif need.weight:
-                d_chunk = _add(None if piece.begins else d_chunk, matmul(tile.T, part))
+                d_chunk = matmul(tile.T, part) if piece.begins else add_matmul(d_chunk, tile.T, part)
                 if piece.ends and not in_place:
                     _put_rows(d_weight, order, piece.columns, d_chunk)
         if need.hidden:
-            products = torch.empty_like(gathered)
+            products = memory.take("products", *gathered.shape)
             for tile, chunk, product in zip(tiles, chunks, products.split(sizes), strict=True):
                 matmul(tile, chunk, out=product)
             d_hidden.index_add_(0, rows, products)
@@ -451,10 +488,6 @@ def _group_sizes(
     return max(min((left // 2 if tile else left) // cell, SPARSE_CELLS), 1), tiles
 
 
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
-
-
 def _dlogits_tile(
     hidden: Tensor,  # [R, D]
     chunk: Tensor,  # [C, D]
@@ -465,9 +498,10 @@ def _dlogits_tile(
     spec: HeadSpec,
     rows: slice,
     columns: slice,
+    memory: _Memory,
 ) -> Tensor:
     """Gradient at the matmul's output, [R, C]: c (1[k = y] - p) - g p (log p + H), times slope and scale."""
-    z, slope = logits_tile(hidden, chunk, chunk_bias, spec)
+    z, slope = logits_tile(hidden, chunk, chunk_bias, spec, memory)
     c = grad_logps[rows] * spec.slope
     s = saved.row_sum[rows]
     inside, at = _target_columns(saved.targets[rows], columns)
@@ -481,7 +515,7 @@ def _dlogits_tile(
         dz = z.exp_().mul_((-c / s)[:, None])
     else:
         g = grad_entropy[rows] * spec.slope
-        e = z.exp()
+        e = torch.exp(z, out=memory.take("e", *z.shape))
         z += (saved.entropy[rows] - s.log())[:, None]
         dz = z.mul_(-g[:, None]).sub_(c[:, None]).mul_(e).nan_to_num_(nan=0.0).div_(s[:, None])
     # At the target everything comes from the forward's own logp: as p_y -> 1 the difference 1 - p_y of nearly equal
