@@ -186,7 +186,8 @@ def liger_kto(head: Head) -> Callable:
         length = len(hidden) // sequences
         hidden, targets = hidden[: sequences * length], targets[: sequences * length]
         labels = torch.arange(sequences, device=hidden.device) % 2 == 0
-        out = loss(weight, hidden.view(sequences, length, -1), targets.view(sequences, length), labels)
+        tokens = hidden.view(sequences, length, -1)
+        out = loss(tokens, weight, targets.view(sequences, length), preference_labels=labels)
         return -(out[0] if isinstance(out, tuple) else out)[None]
 
     return logps
@@ -205,7 +206,9 @@ PEERS = {
 }
 OURS = {"bco_fast": ours, "bco_fast, sparse 2^-7": ours_sparse}
 CONTENDERS = OURS | PEERS
-ENVIRONMENTS = {"TRL 1.16 ChunkedLogProb": "trl-1.16"}
+ENVIRONMENTS = {"TRL 1.16 ChunkedLogProb": "trl-1.16"} | {
+    name: "kernels" for name in PEERS if name.startswith(("Liger", "Cut Cross-Entropy"))
+}
 """Peers that have an environment of their own, made by `make venv-peers`."""
 
 

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Worker, peak_rss, peers_python, reset_peak_rss, save, say, summary, table
+from common import RESULTS, Worker, peak_rss, peers_python, reset_peak_rss, save, say, summary, table
 
 ROOT = Path(__file__).parents[1]
 BATCH, MAX_LENGTH, LEARNING_RATE, WARM_UP = 4, 512, 1e-5, 3
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default, help="feedback, JSONL")
     parser.add_argument("--turns", type=int, default=5, help="times each case is measured")
     parser.add_argument("--per-turn", type=int, default=4, help="steps of one turn")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--lengths", type=int, nargs="+", help="sequences of just so many tokens, instead of real ones")
@@ -334,13 +335,13 @@ def main() -> None:
         if len(set(tokens.values())) > 1:
             raise RuntimeError(f"the cases trained on different completion tokens: {tokens}")
         if length is None:
-            print(save("peers_step", rows))
+            print(save("peers_step", rows, folder=options.out))
         else:
             for row in rows:
                 row |= {"trainer": row["case"], "case": f"{row['case']}, {length} tokens"}
                 row["tokens_per_s"] = round(setting.batch * length / row["median_s"])
                 row["tokens_per_processor_s"] = round(setting.batch * length / row["processor_median_s"])
-            print(save("peers_step_lengths", rows, keys=("case",)))
+            print(save("peers_step_lengths", rows, folder=options.out, keys=("case",)))
         print(table(rows, columns))
 
 
