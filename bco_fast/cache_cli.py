@@ -23,6 +23,7 @@ import numpy as np
 from ._shards import SHARD_NAME, BadShard, stale_files
 from .cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
 from .cli import UsageError, _load_model, _nearest, _Parser
+from .files import atomic_path
 from .losses import OBJECTIVES
 
 _REFERENCE_NAME = re.compile(r"[0-9a-f]{32}")
@@ -268,10 +269,9 @@ def export(arguments: list[str]) -> None:
             ("token_logps", arrow.list_(arrow.float32())),
         ]
     )
-    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     rows = 0
     try:
-        with parquet.ParquetWriter(partial, schema) as writer:
+        with atomic_path(output) as partial, parquet.ParquetWriter(partial, schema) as writer:
             for cache in caches:
                 for index in range(len(cache.shards)):
                     keys, sums, values = _shard_rows(cache, index)
@@ -284,11 +284,8 @@ def export(arguments: list[str]) -> None:
                     ]
                     writer.write_table(arrow.table(columns, schema=schema))
                     rows += len(keys)
-        os.replace(partial, output)
     except (BadShard, OSError) as error:
         raise UsageError(f"{error}; `bco-fast cache verify` says what is damaged") from None
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"{_count(rows, 'row')} written to {output}")
 
 

@@ -11,11 +11,10 @@ import html
 import io
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import atomic_text
+from .files import atomic_path, atomic_text
 from .plots import PLOTS, compare
 from .run_reading import ReportError, Run, is_finite, load_run
 
@@ -119,12 +118,8 @@ def _image(figure, output: Path, slug: str, name: str, alt: str, images: list[Pa
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     path = output.with_name(f"{output.stem}-{slug}-{name}.png")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     images.append(path)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

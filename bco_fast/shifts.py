@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .data import Example, Item, collate
-from .files import atomic_text
+from .files import atomic_path, atomic_text
 
 SERIES = {"logp": "log-likelihood", "logit": "logit of the token", "mean_logit": "mean logit"}
 ROWS = 256
@@ -176,13 +176,8 @@ def _summary(shift: np.ndarray, edges: np.ndarray) -> dict | None:
 def write(report: dict, output_dir: str | os.PathLike) -> None:
     """shifts.json and shifts.png in `output_dir`, each whole or not at all."""
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".shifts.{os.getpid()}.tmp"
-    try:
+    with atomic_path(folder / "shifts.png") as partial:
         plot(report, partial)
-        os.replace(partial, folder / "shifts.png")
-    finally:
-        partial.unlink(missing_ok=True)
     with atomic_text(folder / "shifts.json") as file:
         file.write(json.dumps(report, indent=1) + "\n")
 

@@ -36,7 +36,7 @@ ARROWS = {
     "_key_index": {"numpy"},
     "_shards": {"numpy"},
     "cache": {"numpy", "_key_index", "_shards"},
-    "cache_cli": {"numpy", "torch", "pyarrow", "cache", "_shards", "cli", "composition", "data", "losses", "models", "references"},
+    "cache_cli": {"numpy", "torch", "pyarrow", "cache", "_shards", "cli", "composition", "data", "files", "losses", "models", "references"},
     "checkpoints": {"torch", "safetensors", "transformers", "files"},
     "resume": {"accelerate", "transformers", "checkpoints"},
     "sources": {"datasets", "pyarrow"},
