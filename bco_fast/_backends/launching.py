@@ -26,6 +26,11 @@ def constants(spec: HeadSpec, bias: Tensor | None) -> dict:
     }
 
 
+def here(config: configs.LaunchConfig) -> configs.LaunchConfig:
+    """The config to launch with: the interpreter's cost is per tile, so its tiles are large."""
+    return configs.INTERPRETED if INTERPRETED else config
+
+
 def options(config: configs.LaunchConfig) -> dict:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 

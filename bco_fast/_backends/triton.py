@@ -19,7 +19,7 @@ from ..kernels.fold_logits import fold_logits_kernel
 from ..kernels.head_backward import dlogits_kernel
 from ..kernels.head_logps import head_logps_kernel, merge_splits_kernel
 from . import HeadForward, HeadNeed, HeadSaved, HeadSpec, accumulator_dtype, assemble_direction, tile_shape
-from .launching import INTERPRETED, TRITON_DTYPE, constants, operands, options
+from .launching import INTERPRETED, TRITON_DTYPE, constants, here, operands, options
 from .triton_sparse import sparse_backward
 
 __all__ = ["MASS_TILE", "backward", "check_device", "forward", "sparse_backward", "sparse_worth"]
@@ -96,7 +96,7 @@ def _forward_fused(
     v = weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
     extras = entropy or mass or bias is not None or spec.softcap is not None
-    config = configs.INTERPRETED if INTERPRETED else configs.head_logps(hidden.dtype.itemsize, extras=extras)
+    config = here(configs.head_logps(hidden.dtype.itemsize, extras=extras))
     row_blocks, column_blocks = triton.cdiv(n, config.block_n), triton.cdiv(v, config.block_v)
     splits = _splits(row_blocks, column_blocks, hidden.device, most=workspace_bytes // (n * (4 * dtype.itemsize + 4)))
     split = triton.cdiv(column_blocks, splits) * config.block_v
@@ -170,7 +170,7 @@ def _forward_fold(
     given = hidden.dtype
     hidden, weight = operands(hidden, weight)
     n, v = hidden.shape[0], weight.shape[0]
-    config = configs.INTERPRETED if INTERPRETED else configs.FOLD_LOGITS
+    config = here(configs.FOLD_LOGITS)
     state = hidden.new_zeros((5, n), dtype=dtype)
     state[0] = float("-inf")
     peak = torch.full_like(targets, -1)
@@ -376,7 +376,7 @@ def _dlogits(
     spec: HeadSpec,
     block: slice,
 ) -> None:
-    config = configs.INTERPRETED if INTERPRETED else configs.DLOGITS
+    config = here(configs.DLOGITS)
     r, c = tile.shape
     dlogits_kernel[(triton.cdiv(r, config.block_n), triton.cdiv(c, config.block_v))](
         tile_ptr=tile,
