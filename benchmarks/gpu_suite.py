@@ -53,6 +53,9 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
     first, later = list(SHAPES.items())[:3], list(SHAPES.items())[3:]
     for mode in MODES:
         found |= {f"head, {s}, {mode}": (75, functools.partial(head_part, s, shape, mode)) for s, shape in first}
+        if mode == "trainable":  # where the backward may leave out what does not matter
+            s, shape = first[0]
+            found[f"head, {s}, {mode}, peaked"] = 75, functools.partial(head_part, s, shape, mode, logits="peaked")
     found["growth"] = (60, functools.partial(growth_part, (2048, 4096, 8192, 16384), (32768, 65536, 131072), GROWTH_D))
     found["context"] = (150, functools.partial(context_part, CONTEXTS))
     return found | {
@@ -99,20 +102,26 @@ def contenders(cuda: bool) -> dict:
     )
 
 
-def head_part(shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+def head_part(
+    shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int, *, logits: str = "flat"
+) -> list[dict]:
     cuda = device == "cuda"
     n, d, v, _ = shape
-    head = Head(shape, device, dtype)
-    common = {"benchmark": "gpu_suite", "shape": shape_name, "mode": mode, "dtype": str(dtype).removeprefix("torch.")}
+    head = Head(shape, device, dtype, logits=logits)
+    common = {"benchmark": "gpu_suite", "shape": shape_name, "mode": mode, "logits": logits}
+    common |= {"dtype": str(dtype).removeprefix("torch.")}
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
     common |= measured_limits(device, dtype, size=None if cuda else 256)
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
     for name, make in contenders(cuda).items():
         row = {**common, "case": name}
         rows.append(row)
+        head.stats = None
         try:
             step = functools.partial(head.step, make(head), mode)
             outputs[name] = step()  # compiles, and lets cuBLAS take its workspace
+            if head.stats is not None and head.stats.rho is not None:
+                row["rho"] = round(head.stats.rho, 3)
             row["extra_mb"] = round(peak_bytes(step, cuda) / 1e6, 1)
             again = step()
             row["same_bits"] = all(torch.equal(again[k], t) for k, t in outputs[name].items())
@@ -145,7 +154,8 @@ def head_part(shape_name: str, shape: tuple, mode: str, device: str, dtype: torc
 
 
 def head_parts(shape_name: str, shape: tuple, *arguments) -> list[dict]:
-    return [row for mode in MODES for row in head_part(shape_name, shape, mode, *arguments)]
+    cases = [(mode, "flat") for mode in MODES] + [("trainable", "peaked")]
+    return [row for mode, logits in cases for row in head_part(shape_name, shape, mode, *arguments, logits=logits)]
 
 
 def growth_part(ns: tuple, vs: tuple, d: int, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
@@ -224,8 +234,8 @@ def run_part(name: str, limit: float, options: argparse.Namespace) -> list[dict]
     return [{"part": name, **row} for row in rows]
 
 
-COLUMNS = ["shape", "mode", "case", "median_s", "ratio_to_plain", "share_of_limit", "extra_mb", "predicted_mb"]
-COLUMNS += ["time_exponent", "logp_rms_error", "sum_4096_error", "same_bits", "error"]
+COLUMNS = ["shape", "mode", "logits", "case", "median_s", "ratio_to_plain", "share_of_limit", "extra_mb"]
+COLUMNS += ["predicted_mb", "rho", "time_exponent", "logp_rms_error", "sum_4096_error", "same_bits", "error"]
 
 
 def main() -> None:
