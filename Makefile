@@ -71,7 +71,7 @@ bench-peers: venv venv-peers
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/head_peers.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/long_context.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/growth.py
-	$(RUN) benchmarks/charts.py
+	$(RUN) benchmarks/publish.py
 
 docs: .venv-docs/.made
 	.venv-docs/bin/python -m mkdocs build --strict --quiet

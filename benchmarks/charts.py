@@ -1,6 +1,4 @@
-"""The README's charts, drawn from the result files: docs/charts/*.svg.
-
-    python benchmarks/charts.py
+"""The documentation's charts, drawn from the result files; publish.py writes them to docs/charts/.
 
 Plain SVG without a library: a transparent ground, and colours that read on a light and on a dark page. Drawing is
 deterministic, so a test can say that every point of a chart is a row of benchmarks/results/.
@@ -12,6 +10,7 @@ import json
 import math
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS, CHARTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "charts"
@@ -59,48 +58,59 @@ def shown(value: float) -> str:
     return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
 
-def lines_chart(
-    title: str,
-    subtitle: str,
-    lines: dict[str, tuple[list[tuple[float, float]], str, bool]],  # name: points, colour, dashed
+class Box(NamedTuple):
+    """Where an area is drawn, in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+Lines = dict[str, tuple[list[tuple[float, float]], str, bool]]
+"""name: points, colour, dashed"""
+
+
+def plot(
+    box: Box,
+    lines: Lines,
     *,
     x_label: str,
     y_label: str,
     log_y: bool,
     limit: tuple[str, float] | None = None,
-) -> str:
+) -> list[str]:
     """Lines over a base-2 logarithmic x axis, their names at the right, one under another."""
     xs = [x for points, _, _ in lines.values() for x, _ in points]
     ys = [y for points, _, _ in lines.values() for _, y in points] + ([limit[1]] if limit else [])
     x_ticks = ticks(min(xs), max(xs), base=2, log=True)
-    y_ticks = ticks(min(ys), max(ys), base=2 if log_y else 10, log=log_y)
+    y_ticks = ticks(min(ys), max(ys), base=10, log=log_y)
     scale_y = math.log if log_y else float
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (math.log(x) - math.log(x_ticks[0])) / (math.log(x_ticks[-1]) - math.log(x_ticks[0]))
         up = (scale_y(y) - scale_y(y_ticks[0])) / (scale_y(y_ticks[-1]) - scale_y(y_ticks[0]))
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return box.left + across * (box.right - box.left), box.bottom - up * (box.bottom - box.top)
 
     parts = []
     for tick in y_ticks:
         _, y = at(x_ticks[0], tick)
         parts += [
-            line(LEFT, y, WIDTH - RIGHT, y, "grid"),
-            text(LEFT - 8, y + 4, shown(tick), anchor="end", kind="small"),
+            line(box.left, y, box.right, y, "grid"),
+            text(box.left - 8, y + 4, shown(tick), anchor="end", kind="small"),
         ]
     for tick in x_ticks:
         x, y = at(tick, y_ticks[0])
         words = f"{tick // 1024:.0f}k" if tick >= 1024 else f"{tick:g}"
         parts += [line(x, y, x, y + 5, "axis"), text(x, y + 20, words, anchor="middle", kind="small")]
-    parts.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(text(middle, HEIGHT - 12, x_label, anchor="middle", kind="small"))
-    parts.append(text(16, 66, y_label, kind="small"))
+    parts.append(line(box.left, box.bottom, box.right, box.bottom, "axis"))
+    parts.append(text((box.left + box.right) / 2, box.bottom + 40, x_label, anchor="middle", kind="small"))
+    parts.append(text(box.left - 48, box.top - 18, y_label, kind="small"))
     if limit:
         _, y = at(x_ticks[0], limit[1])
         parts += [
-            line(LEFT, y, WIDTH - RIGHT, y, "axis", DASHED),
-            text(WIDTH - RIGHT - 6, y - 6, limit[0], anchor="end", kind="small"),
+            line(box.left, y, box.right, y, "axis", DASHED),
+            text(box.right - 6, y - 6, limit[0], anchor="end", kind="small"),
         ]
     ends = []
     for name, (points, colour, dashed) in lines.items():
@@ -111,19 +121,23 @@ def lines_chart(
             x, y = at(*point)
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}"/>')
         ends.append((at(*max(points))[1], name, colour))
-    return svg(title, subtitle, parts + names_at_right(ends))
+    return parts + names_at_right(box, ends)
 
 
-def names_at_right(ends: list[tuple[float, str, str]]) -> list[str]:
+def names_at_right(box: Box, ends: list[tuple[float, str, str]]) -> list[str]:
     """Each line's name near its end, moved apart where they would cover one another."""
-    parts, below = [], TOP - 25.0
-    spare = HEIGHT - BOTTOM - 17.0 * (len(ends) - 1)
+    parts, below = [], box.top - 25.0
+    spare = box.bottom - 17.0 * (len(ends) - 1)
     for i, (y, name, colour) in enumerate(sorted(ends)):
         y = max(min(y, spare + 17 * i), below + 17)
         below = y
-        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}"/>')
-        parts.append(text(WIDTH - RIGHT + 28, y + 4, name, kind="small"))
+        parts.append(f'<rect x="{box.right + 12}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}"/>')
+        parts.append(text(box.right + 28, y + 4, name.partition("|")[0], kind="small"))
     return parts
+
+
+def lines_chart(title: str, subtitle: str, lines: Lines, **labels) -> str:
+    return svg(title, subtitle, plot(Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM), lines, **labels))
 
 
 def memory_chart() -> str:
@@ -213,15 +227,41 @@ def step_chart() -> str:
     )
 
 
-DRAWN = {"memory": memory_chart, "time": time_chart, "step": step_chart}
+def growth_chart() -> str:
+    """Time and extra memory of the head against tokens and vocabulary, all axes logarithmic, with fitted exponents."""
+    rows = rows_of("growth")
+    series = {
+        ("bco_fast", "frozen"): OURS,
+        ("bco_fast", "trainable"): OURS_TOO,
+        ("PyTorch", "frozen"): THEIRS[0],
+        ("PyTorch", "trainable"): THEIRS[1],
+    }
+    fitted = {(r["contender"], r["mode"], r["fit"]): r for r in rows if "fit" in r}
+    points = [r for r in rows if "fit" not in r]
+    parts = []
+    for i, (name, mode) in enumerate(series):
+        x = 16 + 172 * i
+        parts.append(f'<rect x="{x}" y="52" width="10" height="10" fill="{series[name, mode]}"/>')
+        parts.append(text(x + 16, 61, f"{name}, {'frozen' if mode == 'frozen' else 'trained'}", kind="small"))
+    for i, (field, exponent, label) in enumerate(
+        (("min_s", "time_exponent", "seconds"), ("extra_mb", "memory_exponent", "MB beyond inputs and gradients"))
+    ):
+        for j, (axis, other, words) in enumerate((("N", "V", "tokens N"), ("V", "N", "vocabulary V"))):
+            lines = {}
+            for (name, mode), colour in series.items():
+                line = [r for r in points if (r["contender"], r["mode"], r["axis"]) == (name, mode, axis)]
+                fit = fitted[name, mode, axis][exponent]
+                lines[f"{axis}^{fit:.2f}|{name}, {mode}"] = [(r[axis], r[field]) for r in line], colour, False
+            fixed = next(r[other] for r in points if r["axis"] == axis)
+            box = Box(LEFT + 352 * j, 108 + 252 * i, LEFT + 352 * j + 210, 268 + 252 * i)
+            parts += plot(box, lines, x_label=f"{words}, {other} = {fixed}", y_label=label, log_y=True)
+    row = points[0]
+    return svg(
+        "Growth of the lm-head",
+        f"Forward and backward, D = {row['D']}, float32, one CPU core; fitted: time and memory ~ x^p",
+        parts,
+        580,
+    )
 
 
-def main() -> None:
-    CHARTS.mkdir(parents=True, exist_ok=True)
-    for name, draw in DRAWN.items():
-        (CHARTS / f"{name}.svg").write_text(draw())
-        print(CHARTS / f"{name}.svg")
-
-
-if __name__ == "__main__":
-    main()
+DRAWN = {"memory": memory_chart, "time": time_chart, "step": step_chart, "growth": growth_chart}

@@ -145,14 +145,37 @@ def test_every_figure_of_the_readme_has_its_row():
     assert not re.search(r"\d", "".join(line.split("|", 2)[2] for line in rows_of_table)), "an unmarked figure"
 
 
-@pytest.mark.parametrize("name", ["memory", "time", "step"])
-def test_every_point_of_a_chart_is_a_row(name):
-    """The committed drawing is what the result files give; `python benchmarks/charts.py` makes it so."""
+def test_the_figures_of_the_readme_can_be_refreshed():
+    import publish
+
+    text = (ROOT / "README.md").read_text()
+    stale = re.sub(r"\d(?=<!-- \w+; )", lambda digit: str(9 - int(digit[0])), text)
+    assert publish.refreshed(stale) == publish.refreshed(text) == text != stale
+
+
+def test_the_page_of_results_has_every_contender():
+    """The committed page is what the result files give; `python benchmarks/publish.py` makes it so."""
+    import publish
+    from contenders import CONTENDERS
+
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page == publish.tables()
+    for name in CONTENDERS:
+        assert f"| {name} |" in page
+    rows = json.loads((RESULTS / "head_peers.json").read_text())["rows"]
+    assert all(row["error"] in page for row in rows if "error" in row and row["part"] == "time")
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [*((name, "README.md") for name in ("memory", "time", "step")), ("growth", "docs/results.md")]
+)
+def test_every_point_of_a_chart_is_a_row(name, page):
+    """The committed drawing is what the result files give; `python benchmarks/publish.py` makes it so."""
     import charts
 
     drawn = (ROOT / "docs" / "charts" / f"{name}.svg").read_text()
     assert drawn == charts.DRAWN[name]()
-    assert f"docs/charts/{name}.svg" in (ROOT / "README.md").read_text()
+    assert f"charts/{name}.svg" in (ROOT / page).read_text()
     assert "prefers-color-scheme:dark" in drawn
 
 
