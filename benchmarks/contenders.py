@@ -125,6 +125,12 @@ def ours_sparse(head: Head) -> Callable:
     return ours(head, sparse_tolerance=SPARSE_TOLERANCE)
 
 
+def ours_bf16_units(head: Head) -> Callable:
+    """With PyTorch's float32 matmuls on the CPU allowed to round to bfloat16, for the whole process (docs/kernels.md)."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    return ours(head)
+
+
 def torch_linear_cross_entropy(head: Head, *, chunked: bool = False) -> Callable:
     _without_softcap(head, "F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
@@ -204,8 +210,10 @@ PEERS = {
     "Cut Cross-Entropy": cut_cross_entropy_filtered,
     "Cut Cross-Entropy, exact": cut_cross_entropy,
 }
-OURS = {"bco_fast": ours, "bco_fast, sparse 2^-7": ours_sparse}
+OURS = {"bco_fast": ours, "bco_fast, sparse 2^-7": ours_sparse, "bco_fast, bf16 matmuls": ours_bf16_units}
 CONTENDERS = OURS | PEERS
+DTYPES = {"bco_fast, bf16 matmuls": "bfloat16"}
+"""Contenders of one dtype only."""
 ENVIRONMENTS = {"TRL 1.16 ChunkedLogProb": "trl-1.16"} | {
     name: "kernels" for name in PEERS if name.startswith(("Liger", "Cut Cross-Entropy"))
 }

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, Worker, peak_rss, peers_python, reset_peak_rss, save, say, summary, table
-from contenders import CONTENDERS, ENVIRONMENTS, LOGITS, Head, described, errors, head_weight
+from contenders import CONTENDERS, DTYPES, ENVIRONMENTS, LOGITS, Head, described, errors, head_weight
 from counts import MODELS, head_bytes, head_flops, measured_limits, share_of_limit
 
 MODES = ("frozen", "trainable")
@@ -182,7 +182,8 @@ def contests(options: argparse.Namespace, folder: Path, limits: dict) -> None:
                         "dtype": dtype,
                         **dict(zip(("N", "D", "V", "softcap"), size, strict=True)),
                     }
-                    contest = Contest(row, folder, weight, options.contender or list(CONTENDERS))
+                    contenders = [c for c in options.contender or CONTENDERS if DTYPES.get(c, dtype) == dtype]
+                    contest = Contest(row, folder, weight, contenders)
                     done = contest.errors() if part == "errors" else contest.time(options.turns, limits[dtype])
                     for r in done:
                         r["case"] = ", ".join(str(r[k]) for k in KEYS)

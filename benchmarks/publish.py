@@ -78,7 +78,8 @@ def head_times(rows: list[dict], shape: str, dtype: str, missing: Missing) -> li
     title = f"**{shape}**, {dtype}: N = {size['N']}, D = {size['D']}, V = {size['V']}"
     title += "" if size["softcap"] is None else f", softcap {size['softcap']:g}"
     title += f"; plain PyTorch with a trained head took {plain['processor_s']:.2f} s on {plain['logits']} logits."
-    body = [[name, *(cell(name, *column) for column in columns)] for name in CONTENDERS]
+    present = {row["contender"] for row in here}
+    body = [[name, *(cell(name, *column) for column in columns)] for name in CONTENDERS if name in present]
     return [title, "", *markdown(["", *(f"{MODES[mode]}, {logits}" for mode, logits in columns)], body), ""]
 
 

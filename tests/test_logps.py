@@ -26,6 +26,22 @@ def test_ragged_shapes(backend, dtype, n, v, d):
     check(case(n, v, d, seed=n + v, bias=n % 2 == 1), backend, dtype)
 
 
+@pytest.mark.skipif(GPU, reason="a setting of the CPU")
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trainable", "frozen"])
+def test_bf16_matmuls_of_the_cpu_lose_nothing(frozen):
+    """docs/kernels.md, bfloat16 on a CPU."""
+    made = case(129, 1100, 257, bias=True)
+    before = run(made, "torch", torch.bfloat16, frozen=frozen)["logps"]
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        check(made, "torch", torch.bfloat16, frozen=frozen)
+        after = run(made, "torch", torch.bfloat16, frozen=frozen)["logps"]
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = setting
+    assert (after - before).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])

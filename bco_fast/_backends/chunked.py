@@ -163,11 +163,12 @@ class _Memory:
     def __init__(self, like: Tensor):
         self.like, self.flat = like, {}
 
-    def take(self, name: str, rows: int, columns: int) -> Tensor:  # [rows, columns], what was in it last
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[rows, columns] in the accumulator's dtype unless told; what was in it last."""
         size = rows * columns
         if name not in self.flat or len(self.flat[name]) < size:
             self.flat.pop(name, None)
-            self.flat[name] = self.like.new_empty(size, dtype=accumulator_dtype(self.like.dtype))
+            self.flat[name] = self.like.new_empty(size, dtype=dtype or accumulator_dtype(self.like.dtype))
         return self.flat[name][:size].view(rows, columns)
 
 
@@ -411,7 +412,7 @@ def sparse_backward(
         sizes = [piece.last - piece.first for piece in group]
         chunks = [_operand(_rows(weight, order, piece.columns)) for piece in group]
         rows = cells.rows[first:last]
-        gathered = torch.index_select(operand, 0, rows, out=memory.take("gathered", last - first, d))
+        gathered = torch.index_select(operand, 0, rows, out=memory.take("gathered", last - first, d, operand.dtype))
         hidden_rows = gathered.split(sizes)
         dz = memory.take("z", last - first, len(chunks[0]))
         tiles = dz.split(sizes)
