@@ -307,6 +307,30 @@ def test_mass_and_sparse_backward_stay_in_the_workspace(backend):
             assert _bytes(grads) < memory.peak <= workspace + beside, need
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+def test_low_precision_operands_as_a_gpu_has_them(ordered, always, monkeypatch):
+    """A GPU's matmuls take bf16 and give float32; the CPU has none, so here they are stood in for."""
+    made = case(150, 700, 40, spread=6.0, ignored=0.1, zeros=0.0, bias=True)
+    options = {"vocab_order": torch.randperm(700)} if ordered else {}
+    truth = run(made, "torch", torch.bfloat16)
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return real(a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16
+        return real(a.float(), b.float())
+
+    module = importlib.import_module("bco_fast._backends.chunked")
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(module, "_operand", lambda x: x)
+    stats = HeadStats()
+    ours = run(made, "torch", torch.bfloat16, sparse_tolerance=2.0**-9, stats=stats, **options)
+    assert stats.rho < 0.9
+    for name, tensor in ours.items():
+        assert relative_error(tensor, truth[name].double()) < 0.01, name
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck_with_a_tolerance_and_an_order(backend):
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
