@@ -40,6 +40,25 @@ def _reproducible(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def low_precision_matmuls(monkeypatch):
+    """The `torch` backend as on a GPU: its matmuls take bf16 and fp16 and give float32. The CPU has no such matmul, so it
+    is stood in for."""
+    from bco_fast._backends import chunked
+
+    real = torch.mm
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return real(a, b, out=out)
+        assert a.dtype == b.dtype
+        assert a.dtype.itemsize == 2
+        return real(a.float(), b.float())
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(chunked, "_operand", lambda x: x)
+
+
+@pytest.fixture
 def poisoned():
     """Fresh memory holds NaN, so that a value nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

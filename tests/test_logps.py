@@ -26,6 +26,16 @@ def test_ragged_shapes(backend, dtype, n, v, d):
     check(case(n, v, d, seed=n + v, bias=n % 2 == 1), backend, dtype)
 
 
+@pytest.mark.usefixtures("low_precision_matmuls")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_low_precision_operands_as_a_gpu_has_them(options, frozen, dtype):
+    check(case(70, 600, 48, bias=True, options=options), "torch", dtype, frozen=frozen)
+    if not frozen:
+        check(case(70, 600, 48, bias=True, entropy=True, options=options), "torch", dtype, workspace_bytes=60_000)
+
+
 @pytest.mark.skipif(GPU, reason="a setting of the CPU")
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trainable", "frozen"])
 def test_bf16_matmuls_of_the_cpu_lose_nothing(frozen):

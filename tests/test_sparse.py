@@ -308,22 +308,11 @@ def test_mass_and_sparse_backward_stay_in_the_workspace(backend):
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
-def test_low_precision_operands_as_a_gpu_has_them(ordered, always, monkeypatch):
-    """A GPU's matmuls take bf16 and give float32; the CPU has none, so here they are stood in for."""
+def test_low_precision_operands_as_a_gpu_has_them(ordered, always, request):
     made = case(150, 700, 40, spread=6.0, ignored=0.1, zeros=0.0, bias=True)
     options = {"vocab_order": torch.randperm(700)} if ordered else {}
     truth = run(made, "torch", torch.bfloat16)
-
-    def mm(a, b, *, out_dtype=None, out=None):
-        if out_dtype is None:
-            return real(a, b, out=out)
-        assert a.dtype == b.dtype == torch.bfloat16
-        return real(a.float(), b.float())
-
-    module = importlib.import_module("bco_fast._backends.chunked")
-    real = torch.mm
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(module, "_operand", lambda x: x)
+    request.getfixturevalue("low_precision_matmuls")
     stats = HeadStats()
     ours = run(made, "torch", torch.bfloat16, sparse_tolerance=2.0**-9, stats=stats, **options)
     assert stats.rho < 0.9
