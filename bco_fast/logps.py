@@ -116,8 +116,9 @@ def fused_linear_logps(
         IndexError: (CPU only) a target is outside [0, V); names the row. On a GPU that row's logp is NaN.
         RuntimeError: the named backend cannot run here.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        lower = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # meta has none
+        lower = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(lower), weight.to(lower)
         bias = None if bias is None else bias.to(lower)
     _check_tensors(hidden, weight, targets, bias)
