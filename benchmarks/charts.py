@@ -149,6 +149,7 @@ def memory_chart() -> str:
         "PyTorch that stores the logits, full": ("stored logits", THEIRS[0], False),
         "PyTorch that stores the logits, LoRA": ("stored logits, LoRA", THEIRS[1], False),
         "TRL 1.12 BCO, full": ("TRL 1.12 BCO", THEIRS[2], False),
+        "TRL 1.12 BCO, LoRA": ("TRL 1.12 BCO, LoRA", THEIRS[5], False),
         "TRL 1.16 KTOTrainer, full": ("TRL 1.16 KTOTrainer", THEIRS[4], False),
     }
     lines = {}
