@@ -181,11 +181,12 @@ def liger(head: Head) -> Callable:
 
 
 def liger_kto(head: Head) -> Callable:
-    """Chunked KTO, the batch as sequences of 64 tokens, no reference: its loss, not log-probabilities."""
+    """Chunked KTO, the batch as sequences of 64 tokens, no reference: its loss, not log-probabilities. Of means, because
+    the sums of random tokens saturate the loss, and a CPU is slow at gradients that underflow."""
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
     _without_softcap(head, "LigerFusedLinearKTOLoss")
-    loss = LigerFusedLinearKTOLoss(use_ref_model=False)
+    loss = LigerFusedLinearKTOLoss(use_ref_model=False, average_log_prob=True)
 
     def logps(hidden, weight, targets):
         sequences = max(len(hidden) // 64, 1)
