@@ -14,7 +14,7 @@ help:
 	@echo 'make test-all  the tests and the long proofs'
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
-	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about an hour)'
+	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
 	@echo 'make docs      the documentation site, into build/site'
 	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
 
