@@ -19,20 +19,17 @@ best setting fell back on seed 0.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-from common import RESULTS, peak_rss, reset_peak_rss, save, table
+from common import RESULTS, Worker, peak_rss, peers_python, reset_peak_rss, save, say, table
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the peer's environment has no bco_fast; the rule that judges is the same code for both
@@ -179,7 +176,7 @@ def work(case: Case, folder: Path, options: argparse.Namespace) -> None:
             answer["versions"] = {package: version(package) for package in ("transformers", "torch")}
             if not case.loss_type:
                 answer["versions"]["trl"] = version("trl")
-            print("@" + json.dumps(answer), flush=True)
+            say(answer)
             control.should_training_stop = self.turn == options.turns
             self.turn += 1
             if not control.should_training_stop:
@@ -187,52 +184,25 @@ def work(case: Case, folder: Path, options: argparse.Namespace) -> None:
 
     trainer = (ours if case.loss_type else rloo)(case, folder, options.seed, count)
     trainer.add_callback(Turns())
-    print("@{}", flush=True)
+    say({})
     trainer.train()
 
 
 # ---- in the parent
 
 
-class Worker:
-    """A case in its own process, which waits until it is its turn."""
+class Contestant(Worker):
+    """A case in its own process, with the start and the prompts that all share."""
 
     def __init__(self, name: str, case: Case, world: Path, folder: Path, options: argparse.Namespace):
-        self.name, self.case, self.folder, self.turns = name, case, folder, []
+        self.case, self.folder, self.turns = case, folder, []
         folder.mkdir()
         for shared in ("start", "prompts.json"):
             (folder / shared).symlink_to(world / shared)
-        self.errors = (folder / "log").open("w+")
-        python = sys.executable if case.loss_type else ROOT / f".venv-peers-{PEER}" / "bin" / "python"
+        python = sys.executable if case.loss_type else peers_python(PEER)
         arguments = ["--worker", "--settings", json.dumps(dataclasses.asdict(case)), "--folder", folder]
         arguments += ["--seed", options.seed, "--budget", options.budget, "--turns", options.turns]
-        self.process = subprocess.Popen(
-            [python, __file__, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
-        )
-
-    def answer(self) -> dict:
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
-
-    def turn(self) -> dict:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        super().__init__(name, [python, __file__, *arguments], folder / "log", HF_HUB_OFFLINE="1")
 
 
 def evaluate(folder: Path, seed: int) -> dict:
@@ -290,10 +260,10 @@ def measure(cases: dict[str, tuple[str, Case]], options: argparse.Namespace, fol
     """Rows of one seed. cases: label -> (name in CASES, settings)."""
     world = folder / "world"
     start = prepare(world, options.seed, options.fine_tune_steps)
-    workers: dict[str, Worker] = {}
+    workers: dict[str, Contestant] = {}
     try:
         for number, (label, (name, case)) in enumerate(cases.items()):
-            workers[label] = Worker(name, case, world, folder / str(number), options)
+            workers[label] = Contestant(name, case, world, folder / str(number), options)
             workers[label].answer()  # ready: before the next one starts, so that they do not disturb each other
         for _ in range(options.turns):
             for worker in workers.values():
@@ -305,7 +275,7 @@ def measure(cases: dict[str, tuple[str, Case]], options: argparse.Namespace, fol
     return [_row(label, worker, start, options.seed) for label, worker in workers.items()]
 
 
-def _row(label: str, worker: Worker, start: dict, seed: int) -> dict:
+def _row(label: str, worker: Contestant, start: dict, seed: int) -> dict:
     turns, last = worker.turns, worker.turns[-1]
     tokens, steps = [turn["tokens"] for turn in turns], [turn["step"] for turn in turns]
     per_step = [
@@ -334,13 +304,6 @@ def tune(name: str, options: argparse.Namespace) -> list[dict]:
         return measure(grid, options, Path(folder))
 
 
-def merged(name: str, rows: list[dict], folder: Path) -> list[dict]:
-    """The rows with those of other cases that the file holds already."""
-    path, new = folder / f"{name}.json", {row["case"] for row in rows}
-    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return sorted([row for row in kept if row["case"] not in new] + rows, key=lambda row: row["case"])
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the start, the prompts and the training")
@@ -360,15 +323,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tune:
         options.seed, options.cases = TUNING_SEED, [options.tune]
     peers = [case for case in options.cases if not CASES[case].loss_type]
-    if peers and not (ROOT / f".venv-peers-{PEER}" / ".made").is_file():
-        parser.error(f"no environment .venv-peers-{PEER}: run `make venv-peers`")
+    if peers:
+        try:
+            peers_python(PEER)
+        except FileNotFoundError as error:
+            parser.error(str(error))
     name = "online_rloo_tuning" if options.tune else "online_rloo"
     if options.tune:
         rows = tune(options.tune, options)
     else:
         with tempfile.TemporaryDirectory() as folder:
             rows = measure({case: (case, CASES[case]) for case in options.cases}, options, Path(folder))
-    print(save(name, merged(name, rows, options.out), folder=options.out))
+    print(save(name, rows, folder=options.out, keys=("case",)))
     print(table(rows, ["case", "reward_before", "reward", "kl", "generated_tokens", "steps", "step_median_s", "seconds", "peak_mb", "before_mb"]))  # fmt: skip
 
 
