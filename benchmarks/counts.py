@@ -7,10 +7,10 @@ logits. Recomputing them costs more FLOP and earns no share, so the shares of al
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, replace
 
 import torch
+from common import interleaved
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,7 @@ def measured_limits(device: str, dtype: torch.dtype, *, size: int | None = None,
     out = torch.empty_like(a)
 
     def seconds(work) -> float:
-        times = []
-        for _ in range(repeats + 1):  # the first is a warm-up
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return min(interleaved({"work": work}, repeats, cuda=cuda)["work"])
 
     return {
         "limit_gflops": round(2 * size**3 / seconds(lambda: torch.mm(a, b, out=out)) / 1e9, 1),

@@ -1,12 +1,13 @@
-"""What the documentation takes from the result files: the charts, the README's figures, docs/results.md.
+"""What the documentation takes from the result files: the charts, the figures of README.md and docs/online.md, docs/results.md.
 
     python benchmarks/publish.py
 
-A figure of the README is what stands before a mark `<!-- file; case; field -->`; it keeps its number of decimals.
+A figure of a page is what stands before a mark `<!-- file; case; field -->`; it keeps its number of decimals.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -15,17 +16,18 @@ from contenders import CONTENDERS, LOGITS
 from counts import MODELS
 from long_context import CASES
 
-README, TABLES = ROOT / "README.md", ROOT / "docs" / "results.md"
+PAGES, TABLES = (ROOT / "README.md", ROOT / "docs" / "online.md"), ROOT / "docs" / "results.md"
 FIGURE = re.compile(r"([\d.]+)(<!-- (\w+); ([^;]+); (\w+) -->)")
 MODES = {"frozen": "frozen head", "trainable": "trained head"}
 
 
 def refreshed(page: str) -> str:
     """The page with its marked figures as the result files have them."""
+    rows_of_file = functools.cache(rows_of)
 
     def figure(found: re.Match) -> str:
         old, mark, name, case, field = found.groups()
-        row = next(row for row in rows_of(name) if row["case"] == case)
+        row = next(row for row in rows_of_file(name) if row["case"] == case)
         return f"{row[field]:.{len(old.partition('.')[2])}f}{mark}"
 
     return FIGURE.sub(figure, page)
@@ -225,8 +227,9 @@ def main() -> None:
         (CHARTS / f"{name}.svg").write_text(draw())
         print(CHARTS / f"{name}.svg")
     TABLES.write_text(tables())
-    README.write_text(refreshed(README.read_text()))
-    print(TABLES, README, sep="\n")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text()))
+    print(TABLES, *PAGES, sep="\n")
 
 
 if __name__ == "__main__":

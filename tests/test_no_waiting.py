@@ -54,11 +54,7 @@ def test_the_trainers_loss(name, packed, tmp_path, monkeypatch):
         return HeadOutput(made[0], made[1] if return_entropy else None, None)
 
     logps: list[torch.Tensor] = []
-    rows = tiny.rows(8)
-    if OBJECTIVES[name].data == "pairs":
-        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": f"no {r['completion']}"} for r in rows]
-    rows = [{**r, "score": 0.3} for r in rows]
-    tiny.write(tmp_path / "feedback.jsonl", rows)
+    tiny.write(tmp_path / "feedback.jsonl", tiny.feedback_for(name, 8))
     options = {"padding_free": True, "tokens_per_batch": 256} if packed else {"per_device_train_batch_size": 4}
     config = FeedbackConfig(
         output_dir=str(tmp_path / "out"),

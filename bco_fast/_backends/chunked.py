@@ -141,7 +141,7 @@ def _writes_into(a: Tensor, b: Tensor) -> bool:
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total [M, L] += a [M, K] @ b [K, L], without a second [M, L] where that can be done."""
-    if _writes_into(a, b) and total.dtype == a.dtype:
+    if _writes_into(a, b):
         return total.addmm_(a, b)
     return total.add_(matmul(a, b))
 
