@@ -3,7 +3,22 @@
 from setuptools import setup
 
 setup(
-    packages=["bco_fast", "bco_fast._backends", "bco_fast.integrations", "bco_fast.kernels"],
+    packages=[
+        "bco_fast",
+        "bco_fast.cli",
+        "bco_fast.data",
+        "bco_fast.evaluation",
+        "bco_fast.head",
+        "bco_fast.head.backends",
+        "bco_fast.head.sparse",
+        "bco_fast.integrations",
+        "bco_fast.kernels",
+        "bco_fast.losses",
+        "bco_fast.models",
+        "bco_fast.online",
+        "bco_fast.reference",
+        "bco_fast.training",
+    ],
     # A tracked symlink bco_fast/kernels points here too; a regular package called `kernels` at the root would
     # shadow Hugging Face's package of that name, which transformers imports.
     package_dir={"bco_fast": "bco_fast", "bco_fast.kernels": "kernels"},

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 
+from . import _moved
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "fused_linear_logps": "logps",
-    "sequence_logps": "sequences",
-    "HeadStats": "logps",
-    "frequency_order": "logps",
-    "fused_bco_loss": "fused",
-    "fused_bnf_loss": "fused",
+    "fused_linear_logps": "head.linear_logps",
+    "sequence_logps": "losses.sequence",
+    "HeadStats": "head.linear_logps",
+    "frequency_order": "head.linear_logps",
+    "fused_bco_loss": "losses.fused",
+    "fused_bnf_loss": "losses.fused",
     "bco_loss": "losses",
     "bce_loss": "losses",
     "kto_loss": "losses",
@@ -33,21 +35,22 @@ _HOMES = {
     "rdpo_loss": "losses",
     "nca_loss": "losses",
     "sft_loss": "losses",
-    "LossOutput": "loss_output",
-    "RewardShift": "reward_shift",
-    "ReferenceCache": "cache",
-    "CacheError": "cache",
-    "FeedbackError": "data",
-    "load_feedback": "data",
-    "patch_model": "models",
-    "FeedbackConfig": "config",
-    "FeedbackTrainer": "trainer",
-    "OnlineConfig": "online",
-    "OnlineFeedbackTrainer": "online",
-    "BCOConfig": "trl_compat",
-    "BCOTrainer": "trl_compat",
+    "LossOutput": "losses.output",
+    "RewardShift": "losses.reward_shift",
+    "ReferenceCache": "reference.cache",
+    "CacheError": "reference.cache",
+    "FeedbackError": "data.sources",
+    "load_feedback": "data.tokenize",
+    "patch_model": "models.patch",
+    "FeedbackConfig": "training.config",
+    "FeedbackTrainer": "training.trainer",
+    "OnlineConfig": "online.config",
+    "OnlineFeedbackTrainer": "online.trainer",
+    "BCOConfig": "training.trl_compat",
+    "BCOTrainer": "training.trl_compat",
 }
 __all__ = sorted(_HOMES)
+_moved.install()
 
 
 def __getattr__(name: str):

@@ -72,10 +72,11 @@ def fill_rows(data: Path, rounds: int, peer_python: str | None) -> list[dict]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from tiny import byte_pair_tokenizer
 
-    from bco_fast.cache import ReferenceCache
-    from bco_fast.data import load_feedback
-    from bco_fast.models import patch_model
-    from bco_fast.references import fill, reference_id
+    from bco_fast.data.tokenize import load_feedback
+    from bco_fast.models.patch import patch_model
+    from bco_fast.reference.cache import ReferenceCache
+    from bco_fast.reference.fill import fill
+    from bco_fast.reference.identity import reference_id
 
     tokenizer = byte_pair_tokenizer(data, VOCABULARY)
     records = [json.loads(line) for line in data.read_text().splitlines()[:ROWS]]
@@ -140,14 +141,14 @@ def fill_rows(data: Path, rounds: int, peer_python: str | None) -> list[dict]:
 
 
 def _reference():
-    from bco_fast.cache import ReferenceId
+    from bco_fast.reference.cache import ReferenceId
 
     return ReferenceId("benchmark", "c", "float32", "sdpa")
 
 
 def write_million(folder: Path) -> None:
     """A cache of a million rows of a few random values each."""
-    from bco_fast.cache import ReferenceCache
+    from bco_fast.reference.cache import ReferenceCache
 
     rng = np.random.default_rng(0)
     cache = ReferenceCache(folder, _reference())
@@ -165,7 +166,7 @@ def stored_keys(first: int, rows: int) -> list[bytes]:
 
 def read_million(folder: Path) -> dict:
     """Seconds and resident memory of opening the cache and of looking up every row in random order."""
-    from bco_fast.cache import ReferenceCache
+    from bco_fast.reference.cache import ReferenceCache
 
     reference, rng = _reference(), np.random.default_rng(0)
     keys = [stored_keys(n, 1)[0] for n in rng.permutation(STORED_ROWS).tolist()]
@@ -202,7 +203,7 @@ def recover_million(folder: Path) -> dict:
     """Seconds from the start of a process until it computes again, after a crash tore a shard and lost the manifest."""
     import warnings
 
-    from bco_fast.cache import MANIFEST, ReferenceCache
+    from bco_fast.reference.cache import MANIFEST, ReferenceCache
 
     place = folder / _reference().digest
     torn = next(place.glob("shard-*"))
@@ -231,7 +232,7 @@ def hash_weights(gigabytes: float = 2.0) -> dict:
     """Speed of `reference_id` on weights in memory."""
     import torch
 
-    from bco_fast.references import _digest
+    from bco_fast.reference.identity import _digest
 
     weights = {str(i): torch.randn(int(gigabytes * 1e9 / 4 / 8)) for i in range(8)}
     start = time.perf_counter()

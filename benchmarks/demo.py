@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import save, table
 
-from bco_fast import demo
+from bco_fast.cli import demo
 
 COLUMNS = {
     "demo": ["case", "good_before", "good_after", "held_out_margin", "held_out_auc", "seconds", "peak_memory_mb"],

@@ -8,7 +8,7 @@ A trial is a process of its own: two optimizer steps on one sequence of T tokens
 checkpointing on, batches of one, the reference precomputed. On the CPU it must stay within a budget of resident memory
 beyond what the imported libraries take, and is stopped when it does not; on a GPU it must not run out of memory. "PyTorch
 that stores the logits" is the same model and loss with `log_softmax` of the logits of the completion. Lengths are found
-to within a tenth. Predictions add up tensors (`predicted_bytes`) and are marked as predicted; tests/test_benchmarks.py
+to within a tenth. Predictions add up tensors (`predicted_bytes`) and are marked as predicted; tests/benchmarks/test_benchmarks.py
 holds the one for the small model against its measured rows.
 """
 
@@ -183,7 +183,7 @@ def ours(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
     import numpy as np
 
     from bco_fast import FeedbackConfig, FeedbackTrainer
-    from bco_fast.data import Example, FeedbackDataset
+    from bco_fast.data.dataset import Example, FeedbackDataset
 
     tokens = sum(map(len, rows[0]))
     config = FeedbackConfig(

@@ -87,8 +87,9 @@ def options_of(case: Case, folder: Path, seed: int) -> dict:
 def ours(case: Case, folder: Path, seed: int, count):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bco_fast.demo import rule_reward
-    from bco_fast.online import OnlineConfig, OnlineFeedbackTrainer
+    from bco_fast.cli.demo import rule_reward
+    from bco_fast.online.config import OnlineConfig
+    from bco_fast.online.trainer import OnlineFeedbackTrainer
 
     args = OnlineConfig(
         **options_of(case, folder, seed),
@@ -117,7 +118,7 @@ def rloo(case: Case, folder: Path, seed: int, count):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
 
-    from bco_fast.demo import rule_reward
+    from bco_fast.cli.demo import rule_reward
 
     class Counting(RLOOTrainer):
         def _generate_single_turn(self, *arguments):
@@ -210,11 +211,11 @@ def evaluate(folder: Path, seed: int) -> dict:
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bco_fast.data import Example
-    from bco_fast.demo import rule_reward
-    from bco_fast.models import patch_model
-    from bco_fast.online import HuggingFaceGenerator
-    from bco_fast.references import token_logps
+    from bco_fast.cli.demo import rule_reward
+    from bco_fast.data.dataset import Example
+    from bco_fast.models.patch import patch_model
+    from bco_fast.online.generators import HuggingFaceGenerator
+    from bco_fast.reference.fill import token_logps
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "start")
     prompts = json.loads((folder / "prompts.json").read_text())["held_out"] * SAMPLES
@@ -245,7 +246,7 @@ def _inference(token_logps, model, examples, tokenizer) -> list:
 
 def prepare(folder: Path, seed: int, fine_tune_steps: int) -> dict:
     """The start and the prompts, in files; -> the start's own reward and KL, which is 0."""
-    from bco_fast.demo import build_world
+    from bco_fast.cli.demo import build_world
 
     folder.mkdir()
     world = build_world(seed, fine_tune_steps=fine_tune_steps)

@@ -86,7 +86,7 @@ def ours(objective: str, setting: Setting):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bco_fast import FeedbackConfig, FeedbackTrainer
-    from bco_fast.data import Example, FeedbackDataset
+    from bco_fast.data.dataset import Example, FeedbackDataset
 
     folder = setting.folder
     options = {**training_options(setting), "loss_type": objective.lower(), "cache_dir": str(folder / objective)}
@@ -214,7 +214,7 @@ def prepare(data: Path, setting: Setting, cut: bool) -> int:
     """The model, the feedback and its tokens, in files; -> parameters."""
     from train_step import VOCABULARY, build_model, byte_pair_tokenizer
 
-    from bco_fast.data import load_feedback
+    from bco_fast.data.tokenize import load_feedback
 
     folder, rows = setting.folder, setting.steps * setting.batch
     model, tokenizer = build_model(), byte_pair_tokenizer(data, VOCABULARY)

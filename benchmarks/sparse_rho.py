@@ -19,10 +19,12 @@ from common import save, table
 from train_step import MAX_LENGTH, VOCABULARY, build_model, byte_pair_tokenizer
 
 from bco_fast import frequency_order, patch_model
-from bco_fast._backends import HeadSaved, HeadSpec, chunked
-from bco_fast._cells import choose_cells
-from bco_fast.data import collate, load_feedback
-from bco_fast.models import completion_logps
+from bco_fast.data.batch import collate
+from bco_fast.data.tokenize import load_feedback
+from bco_fast.head.backends import torch as chunked
+from bco_fast.head.sparse.choose import choose_cells
+from bco_fast.head.types import HeadSaved, HeadSpec
+from bco_fast.models.patch import completion_logps
 
 BATCH, HELD_OUT = 4, 16
 TAUS = {"2^-7": 2.0**-7, "2^-5": 2.0**-5}

@@ -23,8 +23,9 @@ from common import in_own_process, peak_rss, reset_peak_rss, save, summary, tabl
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from bco_fast import FeedbackConfig, FeedbackTrainer, RewardShift, bco_loss, sequence_logps
-from bco_fast.data import collate, load_feedback
-from bco_fast.models import completion_logps, patch_model
+from bco_fast.data.batch import collate
+from bco_fast.data.tokenize import load_feedback
+from bco_fast.models.patch import completion_logps, patch_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import byte_pair_tokenizer

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from common import interleaved, summary, table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "head"))
 
 WIDTHS = (896, 2048, 4096)
 TOKENS, VOCABULARY = 4096, 128_256

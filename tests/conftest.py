@@ -43,7 +43,7 @@ def _reproducible(tmp_path, monkeypatch):
 def low_precision_matmuls(monkeypatch):
     """The `torch` backend as on a GPU: its matmuls take bf16 and fp16 and give float32. The CPU has no such matmul, so it
     is stood in for."""
-    from bco_fast._backends import chunked
+    from bco_fast.head.backends import torch as chunked
 
     real = torch.mm
 

@@ -12,116 +12,101 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bco_fast"
 STANDARD = set(sys.stdlib_module_names)
 
-# module -> what it may import beside the standard library; bco_fast modules by their name
-ARROWS = {
-    "__init__": set(),
-    "_backends/__init__": {"torch"},
-    "_backends/reference": {"torch", "_backends"},
-    "_backends/chunked": {"torch", "_backends"},
-    "_backends/launching": {"torch", "triton", "kernels", "_backends"},
-    "_backends/triton_sparse": {"torch", "triton", "kernels", "_backends", "launching"},
-    "_backends/triton": {"torch", "triton", "kernels", "_backends", "launching", "triton_sparse"},
-    "_cells": {"torch", "_backends"},
-    "_ops": {"torch", "_backends", "_cells"},
-    "_parallel": {"torch", "_ops", "_backends"},
-    "logps": {"torch", "_ops", "_parallel", "_backends"},
-    "sequences": {"torch"},
-    "_checks": {"torch"},
-    "reward_shift": {"torch"},
-    "metrics": {"torch"},
-    "loss_output": {"torch", "metrics"},
-    "paired": {"torch", "_checks", "loss_output", "sequences"},
-    "losses": {"torch", "_checks", "loss_output", "paired", "reward_shift", "sequences"},
-    "fused": {"torch", "logps", "losses", "reward_shift", "sequences"},
-    "_key_index": {"numpy"},
-    "_shards": {"numpy"},
-    "cache": {"numpy", "_key_index", "_shards"},
-    "cache_cli": {"numpy", "torch", "pyarrow", "cache", "_shards", "cli", "composition", "data", "files", "losses", "models", "references"},
-    "checkpoints": {"torch", "safetensors", "transformers", "files"},
-    "resume": {"accelerate", "transformers", "checkpoints"},
-    "sources": {"datasets", "pyarrow"},
-    "chat": {"sources"},
-    "rows": {"chat", "sources"},
-    "data": {"numpy", "torch", "tqdm", "cache", "chat", "rows", "sources"},
-    "composition": {"torch", "data"},
-    "models": {"torch", "logps"},
-    "references": {"numpy", "torch", "tqdm", "cache", "data", "models", "packing"},
-    "config": {"torch", "transformers", "losses", "reward_shift"},
-    "loading": {"torch", "transformers", "peft", "config"},
-    "memory": {"torch"},
-    "packing": {"torch", "data", "models", "sequences"},
-    "trainer": {
-        "torch", "transformers", "cache", "chat", "composition", "config", "data", "loading", "loss_output", "memory", "metrics",
-        "models", "packing", "references", "resume", "reward_shift", "run_record", "numpy", "logps",
-    },
-    "model_card": set(),
-    "run_record": {"torch", "transformers", "config", "data", "files", "memory", "model_card"},
-    "run_reading": {"numpy"},
-    "plots": {"numpy", "matplotlib", "run_reading"},
-    "report": {"matplotlib", "files", "plots", "run_reading"},
+# Bottom first: a room imports itself and the rooms before it. Beside them and the standard library, what each may import.
+ROOMS = {
+    "_moved": set(),
     "files": set(),
-    "generation": {"torch", "tqdm", "files"},
-    "judge_cli": {"numpy", "torch", "transformers", "cli", "data", "generation", "judge", "rewards", "shifts"},
-    "shifts": {"numpy", "torch", "matplotlib", "data", "files"},
-    "judge": {"numpy", "generation", "rewards"},
-    "recipes": {"files", "sources"},
-    "embedders": {"numpy", "sklearn", "torch", "transformers", "sources"},
-    "udm": {"numpy", "sklearn", "embedders", "files", "sources", "__init__"},
-    "integrations/__init__": set(),
-    "integrations/trl": {"torch", "transformers", "trl", "losses", "models", "reward_shift", "sequences"},
-    "rewards": {"torch", "transformers", "data"},
-    "generators": {"torch", "vllm", "generation"},
-    "online_prompts": {"chat", "generation", "sources"},
-    "online": {
-        "numpy", "torch", "transformers", "chat", "composition", "config", "data", "files", "generators", "models", "online_prompts", "packing", "references", "rewards", "trainer",
-    },
-    "online_cli": {"checkpoints", "cli", "memory", "online", "rewards"},
-    "trl_compat": {"transformers", "config", "trainer"},
-    "demo": {
-        "torch", "tokenizers", "tqdm", "transformers", "matplotlib", "cli", "config", "data", "models", "sequences", "online",
-    },
-    "cli": {
-        "torch", "transformers", "bench", "cache", "cache_cli", "chat", "checkpoints", "config", "config_file", "data", "sources", "loading", "memory", "online_cli", "recipes", "report", "udm", "trainer", "demo", "judge_cli", "__init__",
-    },
-    "bench": {"torch", "transformers", "logps"},
-    "trl_yaml": set(),
-    "config_file": {"yaml", "trl_yaml"},
-}  # fmt: skip
+    "head": {"torch", "triton", "bco_fast.kernels"},
+    "losses": {"torch"},
+    "models": {"peft", "torch", "tqdm", "transformers"},
+    "data": {"datasets", "numpy", "pyarrow", "sklearn", "torch", "tqdm", "transformers"},
+    "reference": {"numpy", "torch", "tqdm"},
+    "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
+    "online": {"numpy", "torch", "transformers", "vllm"},
+    "evaluation": {"matplotlib", "numpy", "torch", "tqdm"},
+    "integrations": {"torch", "transformers", "trl"},
+    "cli": {"matplotlib", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"},
+}
+ONLY_THERE = {
+    "triton": {"head.backends.triton", "head.backends.launching", "head.sparse.triton"},
+    "trl": {"integrations.trl"},
+    "datasets": {"data.sources"},
+    "sklearn": {"data.density_ratio", "data.embedders"},
+    "vllm": {"online.generators"},
+}
+"""Packages that few need, and the modules that may ask for them."""
 
 
-def _imports(path: Path):
-    """Names of imported modules: top-level packages, or the part of a relative import below bco_fast."""
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {
+    _name(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "kernels" not in path.relative_to(PACKAGE).parts and path != PACKAGE / "__init__.py"
+}
+
+
+def _imports(name: str, *, typing: bool = True) -> set[str]:
+    """Modules that a module imports, at its top or in a function; ours from bco_fast on, others by their package."""
+    path, found = MODULES[name], set()
+    package = f"bco_fast.{name}".split(".")[: None if path.name == "__init__.py" else -1]
+    tree = ast.parse(path.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in set(ast.walk(tree)) - (set() if typing else skipped):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0 or node.module:
-                yield node.module.split(".")[0]
-            else:  # from . import x: names of this package
-                for alias in node.names:
-                    is_module = (path.parent / f"{alias.name}.py").exists()
-                    yield (
-                        alias.name
-                        if is_module or (depth == 1 and alias.name in ("_ops", "_parallel"))
-                        else path.parent.name
-                        if depth > 1
-                        else "__init__"
-                    )
+            home = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                inner = ".".join([*home, alias.name]).removeprefix("bco_fast.")
+                found.add(f"bco_fast.{inner}" if inner in MODULES else ".".join(home))
+    return found - STANDARD
 
 
-def _modules():
-    return {str(p.relative_to(PACKAGE).with_suffix("")): p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts}
+def _room(module: str) -> str:
+    return module.removeprefix("bco_fast.").split(".")[0]
 
 
-def test_every_module_has_its_arrows():
-    assert set(_modules()) == set(ARROWS)
+def test_every_module_is_in_a_room():
+    assert {_room(name) for name in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_arrows(module):
-    found = set(_imports(_modules()[module])) - STANDARD
-    assert found <= ARROWS[module], f"{module} must not import {found - ARROWS[module]}"
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_only_rooms_below_it(name):
+    below = list(ROOMS)[: list(ROOMS).index(_room(name)) + 1]
+    for module in _imports(name, typing=False):
+        if module.startswith("bco_fast.kernels"):
+            assert "bco_fast.kernels" in ROOMS[_room(name)]
+        elif module.startswith("bco_fast."):
+            assert _room(module) in below, f"{name} imports {module}"
+        elif module != "bco_fast":
+            assert module in ROOMS[_room(name)], f"{name} imports {module}"
+            assert name in ONLY_THERE.get(module, {name})
+
+
+def test_backends_do_not_import_one_another():
+    for name in ("reference", "torch", "triton"):
+        others = {f"bco_fast.head.backends.{other}" for other in ("reference", "torch", "triton")}
+        assert not _imports(f"head.backends.{name}") & others
+
+
+def test_there_is_no_circle():
+    arrows = {
+        name: {m.removeprefix("bco_fast.") for m in _imports(name, typing=False)} & set(MODULES) for name in MODULES
+    }
+    while arrows:
+        leaves = {name for name, needed in arrows.items() if not needed & set(arrows) - {name}}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {name: needed for name, needed in arrows.items() if name not in leaves}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
@@ -158,7 +143,7 @@ def _environment():
 
 
 def test_importing_the_package_loads_torch_only():
-    code = "import sys, json, bco_fast, bco_fast.logps, bco_fast.losses; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, bco_fast, bco_fast.head.linear_logps, bco_fast.losses.unpaired; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(_python(code)))
     assert not loaded & {
         "triton",
@@ -166,7 +151,7 @@ def test_importing_the_package_loads_torch_only():
         "matplotlib",
         "safetensors",
         "tokenizers",
-        "bco_fast._backends.triton",
+        "bco_fast.head.backends.triton",
     }
 
 
@@ -209,3 +194,19 @@ def test_public_names_exist_and_are_documented():
         assert getattr(bco_fast, name).__doc__, name
     with pytest.raises(AttributeError, match="nothing"):
         _ = bco_fast.nothing
+
+
+@pytest.mark.parametrize("old", ["trainer.FeedbackTrainer", "models.patch_model", "data.load_feedback", "references.reference_id", "cache.row_key", "packing.TokenBudgetSampler"])  # fmt: skip
+def test_an_old_path_works_and_says_where_it_went(old):
+    module, _, name = old.rpartition(".")
+    code = (
+        "import warnings, bco_fast; warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        f"    from bco_fast.{module} import {name}\n"
+        "print([str(w.message) for w in seen if w.category is DeprecationWarning and 'bco_fast' in str(w.message)])\n"
+        f"print({name}.__module__)"
+    )
+    said, home = _python(code).splitlines()
+    assert f"bco_fast.{module}" in said
+    assert home in said
+    assert "__main__" not in said

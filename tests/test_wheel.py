@@ -27,7 +27,7 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("bco_fast-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"bco_fast/py.typed", "bco_fast/kernels/head_logps.py", "bco_fast/_backends/triton.py"} <= names
+    assert {"bco_fast/py.typed", "bco_fast/kernels/head_logps.py", "bco_fast/head/backends/triton.py"} <= names
     assert not any(n.startswith(("kernels/", "tests/", "benchmarks/")) for n in names)
 
     venv.create(tmp_path / "fresh", with_pip=False)
@@ -40,7 +40,7 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
         "import torch, bco_fast, bco_fast.kernels.head_logps as k; from transformers import LlamaForCausalLM\n"
-        "from bco_fast.trainer import FeedbackTrainer; print(bco_fast.__file__, k.__file__)\n"
+        "from bco_fast.training.trainer import FeedbackTrainer; print(bco_fast.__file__, k.__file__)\n"
         "logps = bco_fast.fused_linear_logps(torch.eye(2, 3), torch.eye(4, 3), torch.tensor([0, 1]))\n"
         "assert torch.allclose(logps, 1 - torch.log(torch.tensor(torch.e + 3)))"
     )

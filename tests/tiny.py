@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from bco_fast.demo import all_prompts, build_tokenizer, demonstration, deserves_thumbs_up
+from bco_fast.cli.demo import all_prompts, build_tokenizer, demonstration, deserves_thumbs_up
 from bco_fast.losses import OBJECTIVES
 
 TINY = {

@@ -15,9 +15,9 @@ from trl import KTOConfig, KTOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..losses import OBJECTIVES
-from ..models import HeadOutput, completion_logps, forward_logps, patch_model
-from ..reward_shift import RewardShift
-from ..sequences import sequence_logps
+from ..losses.reward_shift import RewardShift
+from ..losses.sequence import sequence_logps
+from ..models.patch import HeadOutput, completion_logps, forward_logps, patch_model
 
 SUPPORTED = ("bco", "bce", "kto", "una_binary_mse", "una_binary_bce", "bnf")
 

@@ -1,0 +1,85 @@
+"""Feedback as tokens, and tokens as batches. What may stand in a file: `rows` and docs/feedback.md.
+
+    strings   tok(prompt) + tok(completion, no special tokens) + EOS
+    chats     the tokenizer's chat template, see `chat`
+
+Keys of the reference cache rest on these ids. A row longer than `max_length` first loses the beginning of its prompt
+down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and reported,
+never silent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .keys import row_key
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One prompt and one completion as tokens."""
+
+    input_ids: np.ndarray  # [T] int32, prompt then completion
+    completion_start: int
+    label: bool
+    weight: float
+    score: float = math.nan
+
+    @property
+    def completion_mask(self) -> np.ndarray:  # [T] bool
+        return np.arange(len(self.input_ids)) >= self.completion_start
+
+    @cached_property
+    def key(self) -> bytes:
+        """The row's key in the reference cache."""
+        return row_key(self.input_ids, self.completion_mask)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Item(NamedTuple):
+    """One example with what the reference says about it; what `collate` takes."""
+
+    example: Example
+    ref_logps: float = math.nan
+    ref_token_logps: np.ndarray | None = None  # [completion tokens] float32
+    mismatched: Item | None = None
+    """The same prompt with another prompt's completion, for KTO's z_ref."""
+
+
+@dataclass
+class FeedbackDataset(torch.utils.data.Dataset):
+    """Tokenized feedback. The reference's part is filled in from its cache before training."""
+
+    examples: list[Example]
+    """In a paired dataset chosen and rejected take turns, and an item is the two of them."""
+    ref_logps: np.ndarray | None = None  # [examples] float64
+    report: dict[str, int] = field(default_factory=dict)
+    """rows, skipped, prompts_cut, completions_cut."""
+    paired: bool = False
+    ref_token_logps: list[np.ndarray] | None = None
+    mismatched: FeedbackDataset | None = None
+    """As many examples again, each prompt with another prompt's completion."""
+
+    def __len__(self) -> int:
+        return len(self.examples) // 2 if self.paired else len(self.examples)
+
+    def __getitem__(self, index: int) -> Item | tuple[Item, Item]:
+        if self.paired:
+            return self.item(2 * index), self.item(2 * index + 1)
+        return self.item(index)
+
+    def item(self, index: int) -> Item:
+        return Item(
+            self.examples[index],
+            math.nan if self.ref_logps is None else float(self.ref_logps[index]),
+            None if self.ref_token_logps is None else self.ref_token_logps[index],
+            None if self.mismatched is None else self.mismatched.item(index),
+        )

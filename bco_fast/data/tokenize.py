@@ -1,0 +1,212 @@
+"""Feedback as tokens, and tokens as batches. What may stand in a file: `rows` and docs/feedback.md.
+
+    strings   tok(prompt) + tok(completion, no special tokens) + EOS
+    chats     the tokenizer's chat template, see `chat`
+
+Keys of the reference cache rest on these ids. A row longer than `max_length` first loses the beginning of its prompt
+down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and reported,
+never silent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from .chat import ChatEncoder, Rendering, special_tokens
+from .dataset import Example, FeedbackDataset
+from .rows import Complaints, FeedbackRow, Needs, read_rows, unpair
+from .sources import Flaw
+
+logger = logging.getLogger("bco_fast")
+
+
+BLOCK_ROWS = 1024
+
+
+"""Rows given to the tokenizer at once: enough to keep its threads busy, few enough that their lists stay small."""
+
+
+_PROGRESS_ROWS = 10_000
+
+
+class _Encoder:
+    """Rows to token ids, block by block."""
+
+    def __init__(self, tokenizer, complaints: Complaints):
+        self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ValueError("the tokenizer has no EOS token, so a completion could not end")
+        self.tokenizer, self.complaints = tokenizer, complaints
+        self.control = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+        self.control_texts = 0
+        """String rows whose completion holds a special token as text."""
+        self._chat: ChatEncoder | None = None
+
+    def encode(self, rows: Sequence[FeedbackRow]) -> Iterator[tuple[FeedbackRow, list[int], list[list[int]]]]:
+        """(row, prompt, completions), in the order of the rows; those with a flaw are left out."""
+        renderings = [None if isinstance(row.prompt, str) else self._render(row) for row in rows]
+        strings = self._strings([row for row in rows if isinstance(row.prompt, str)])
+        chats = iter(
+            () if self._chat is None else self._chat.encode([r for r in renderings if isinstance(r, Rendering)])
+        )
+        for row, rendering in zip(rows, renderings, strict=True):
+            if isinstance(rendering, Flaw):
+                self.complaints.add(row.where, rendering)
+                continue
+            prompt, sides = next(strings if rendering is None else chats)
+            if prompt and all(sides):
+                yield row, prompt, sides
+            else:
+                self.complaints.add(row.where, f"{'completion' if prompt else 'prompt'} has no tokens")
+
+    def _render(self, row: FeedbackRow) -> Rendering | Flaw:
+        self._chat = self._chat or ChatEncoder(self.tokenizer)
+        try:
+            return self._chat.render(row.prompt, row.completions, row.tools)
+        except Flaw as flaw:
+            return flaw
+
+    def _strings(self, rows: Sequence[FeedbackRow]) -> Iterator[tuple[list[int], list[list[int]]]]:
+        if not rows:
+            return
+        prompts = list(dict.fromkeys(row.prompt for row in rows))  # rows of one prompt often follow each other
+        prompt_ids = dict(zip(prompts, self._ids(prompts), strict=True))
+        texts = [text for row in rows for text in row.completions]
+        completions = iter(self._ids(texts, add_special_tokens=False))
+        for row in rows:
+            prompt = prompt_ids[row.prompt]
+            if prompt and prompt[-1] == self.eos and not row.prompt.endswith(self.tokenizer.eos_token):
+                prompt = prompt[:-1]  # some tokenizers close every text
+            sides = [next(completions) for _ in row.completions]
+            self.control_texts += not all(map(self.control.isdisjoint, sides))
+            yield prompt, [[*side, self.eos] if side else side for side in sides]
+
+    def _ids(self, texts: list[str], **options) -> list[list[int]]:
+        return self.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+
+    def warn(self) -> None:
+        """What no row is refused for, but somebody should know."""
+        if self.control_texts:
+            logger.warning(
+                "%d completions hold special tokens as text, which the tokenizer reads as those tokens; in chat "
+                "messages they would stay text", self.control_texts,
+            )  # fmt: skip
+        if self._chat and self._chat.left_out:
+            lost = ", ".join(f"{what} in {count} rows" for what, count in sorted(self._chat.left_out.items()))
+            logger.warning("the chat template leaves out or changes %s", lost)
+
+
+def tokenize_rows(
+    rows: Sequence[FeedbackRow],
+    tokenizer,
+    *,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    on_bad_row: str = "error",
+    progress: bool = True,
+) -> FeedbackDataset:
+    """Rows to tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with an EOS token; for chats with a chat template.
+        max_length: tokens of prompt and completion together, >= 2.
+        max_prompt_length: what a prompt keeps, from its end, in a row that is too long; None for half of max_length.
+        on_bad_row: as in `read_rows`.
+        progress: show a bar, if the rows are many.
+
+    Raises:
+        FeedbackError: a prompt or completion has no token, the chat template refuses a row, or truncation leaves no
+            completion.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, not {max_length}")
+    keep_prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
+    if keep_prompt < 1:
+        raise ValueError(f"max_prompt_length must be at least 1, not {keep_prompt}")
+    paired = len(rows) > 0 and len(rows[0].completions) == 2
+    if any((len(row.completions) == 2) is not paired for row in rows):
+        raise ValueError("rows are pairs or single completions, not both: unpair(rows) makes them one kind")
+    complaints = Complaints(on_bad_row)
+    encoder = _Encoder(tokenizer, complaints)
+    examples: list[Example] = []
+    prompts_cut = completions_cut = 0
+    for block in _blocks(rows, progress):
+        for row, prompt, sides in encoder.encode(block):
+            whole = len(prompt), sum(map(len, sides))
+            prompt, sides = fit(prompt, sides, max_length, keep_prompt)
+            if not all(sides):
+                complaints.add(row.where, f"no completion left after truncation to {max_length} tokens")
+                continue
+            prompts_cut += len(prompt) < whole[0]
+            completions_cut += sum(map(len, sides)) < whole[1]
+            for side, label in zip(sides, (row.label, False), strict=False):
+                ids = np.array([*prompt, *side], dtype=np.int32)
+                examples.append(Example(ids, len(prompt), label, row.weight, row.score))
+    complaints.settle(len(examples))
+    report = {
+        "rows": len(examples) // (1 + paired),
+        "skipped": complaints.count,
+        "prompts_cut": prompts_cut,
+        "completions_cut": completions_cut,
+    }
+    if prompts_cut or completions_cut:
+        logger.warning(
+            "max_length=%d cut %d prompts and %d completions of %d rows",
+            max_length, prompts_cut, completions_cut, report["rows"],
+        )  # fmt: skip
+    encoder.warn()
+    return FeedbackDataset(examples, report=report, paired=paired)
+
+
+def _blocks(rows: Sequence[FeedbackRow], progress: bool) -> Iterator[Sequence[FeedbackRow]]:
+    from tqdm.auto import tqdm  # with transformers, which made the tokenizer
+
+    with tqdm(total=len(rows), desc="tokenize", unit="row", disable=not progress or len(rows) < _PROGRESS_ROWS) as bar:
+        for first in range(0, len(rows), BLOCK_ROWS):
+            block = rows[first : first + BLOCK_ROWS]
+            yield block
+            bar.update(len(block))
+
+
+def fit(
+    prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int, keep_prompt: int
+) -> tuple[Sequence[int], list[Sequence[int]]]:
+    """Truncate: the start of the prompt down to `keep_prompt` tokens, then the end of what is still too long.
+
+    The two sides of a pair keep one prompt.
+    """
+    longest = max(map(len, completions))
+    if len(prompt) + longest > max_length:
+        prompt = prompt[-max(keep_prompt, max_length - longest) :]
+    return prompt, [completion[: max(0, max_length - len(prompt))] for completion in completions]
+
+
+def load_feedback(
+    source: str | os.PathLike | Iterable[Mapping],
+    tokenizer,
+    *,
+    needs: Needs = "labels",
+    pairing_ratio: float = 1.0,
+    columns: str | Mapping[str, str] | None = None,
+    score_scale: str | tuple[float, float] | None = None,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    on_bad_row: str = "error",
+    progress: bool = True,
+) -> FeedbackDataset:
+    """`read_rows`, `unpair` unless the objective needs pairs, then `tokenize_rows`."""
+    rows = read_rows(source, needs=needs, on_bad_row=on_bad_row, columns=columns, score_scale=score_scale)
+    if needs != "pairs":
+        rows = unpair(rows, pairing_ratio)
+    return tokenize_rows(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        on_bad_row=on_bad_row,
+        progress=progress,
+    )

@@ -1,0 +1,1 @@
+"""What a person looks at after training: completions, win rates, token shifts, reports."""

@@ -1,0 +1,312 @@
+"""Two files of completions compared by a reward: win rate with its interval, and the lengths that may explain it.
+
+A prompt's completion in A wins against the one in B if its reward is higher; equal rewards are half a win (BCO, arXiv
+2404.04656, Table 2; BNF, arXiv 2410.04834, Table 5, with a reward in place of GPT-4). Files are AlpacaEval's,
+Arena-Hard's or JSONL, in any combination. They are matched by question_id where both have one, else by the prompt; the
+k-th completion of a prompt meets the k-th.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..data.prompts import id_of, prompt_of, read_json_records
+from ..online.rewards import Reward, RewardError, score
+
+logger = logging.getLogger("bco_fast")
+
+RESAMPLES = 10_000
+OWN = ("prompt", "instruction", "turns", "completion", "output", "choices", "messages")
+"""Columns that are read here; the others go to the reward."""
+
+
+class JudgeError(ValueError):
+    """Files that cannot be compared; names the file, the record and the reason."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    completion: str
+    prompt: str | None
+    id: str | int | None
+    where: str
+    columns: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Means over the compared completions."""
+
+    characters: float
+    words: float
+    tokens: float | None
+    """None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A against B."""
+
+    compared: int
+    """Pairs of completions."""
+    prompts: int
+    only_in_a: int
+    only_in_b: int
+    """Completions without a counterpart; they count nowhere."""
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float
+    """(wins + ties / 2) / compared."""
+    low: float
+    high: float
+    """Percentile bootstrap over prompts, 95 %."""
+    reward_a: float
+    reward_b: float
+    """Means."""
+    lengths_a: Lengths
+    lengths_b: Lengths
+    length_unit: str
+    """What the correlation is measured in: tokens, or words without a tokenizer."""
+    length_correlation: float | None
+    """Pearson's r between the win (1, 1/2, 0) and length of A minus length of B; None if either is constant."""
+    win_rate_when_longer: float | None
+    win_rate_when_shorter: float | None
+    """Over the pairs where A's completion is the longer or the shorter one; None if there are none."""
+    seed: int
+    resamples: int
+
+
+def read_answers(path: str | os.PathLike) -> list[Answer]:
+    """Completions of an AlpacaEval, Arena-Hard or JSONL file; the columns say which.
+
+    Raises:
+        GenerationError: the file cannot be read; JudgeError: a record without a completion.
+    """
+    answers = []
+    for where, record in read_json_records(path):
+        completion = _completion_of(where, record)
+        columns = {name: value for name, value in record.items() if name not in OWN}
+        answers.append(Answer(completion, prompt_of(where, record), id_of(record), where, columns))
+    return answers
+
+
+def _completion_of(where: str, record: dict) -> str:
+    if "choices" in record:
+        try:
+            turns = record["choices"][0]["turns"]
+            completion = turns[0]["content"] if isinstance(turns[0], dict) else turns[0]
+        except (LookupError, TypeError):
+            raise JudgeError(f"{where}: choices must be [{{index, turns: [{{content}}]}}]") from None
+        if len(record["choices"]) != 1 or len(turns) != 1:
+            raise JudgeError(f"{where}: {len(record['choices'])} choices of {len(turns)} turns; one of one is compared")
+    else:
+        name = next((name for name in ("completion", "output") if name in record), None)
+        if name is None:
+            raise JudgeError(f"{where}: none of completion, output, choices (found: {', '.join(record) or 'none'})")
+        completion = record[name]
+    if not isinstance(completion, str):
+        raise JudgeError(f"{where}: the completion must be a string, not {type(completion).__name__}")
+    return completion
+
+
+def match(a: Sequence[Answer], b: Sequence[Answer], prompts: dict | None = None) -> list[tuple[str, Answer, Answer]]:
+    """(prompt, answer of A, answer of B), in the order of A.
+
+    Args:
+        prompts: question_id -> prompt, for files that do not hold them (Arena-Hard's).
+
+    Raises:
+        JudgeError: the files share neither ids nor prompts, or the prompt of a pair is nowhere.
+    """
+    prompts = prompts or {}
+
+    def text(answer: Answer) -> str | None:
+        return answer.prompt if answer.prompt is not None else prompts.get(answer.id)
+
+    if all(answer.id is not None for answer in (*a, *b)):
+
+        def key(answer: Answer):
+            return answer.id
+    else:
+        key = text
+        missing = next((answer for answer in (*a, *b) if text(answer) is None), None)
+        if missing is not None:
+            raise JudgeError(f"{missing.where} has no prompt; --prompts FILE gives the prompts of question_ids")
+    waiting = defaultdict(list)
+    for answer in reversed(b):
+        waiting[key(answer)].append(answer)
+    pairs = [(answer, waiting[key(answer)].pop()) for answer in a if waiting.get(key(answer))]
+    if not pairs:
+        raise JudgeError("the two files have no prompt in common")
+    matched = []
+    for ours, theirs in pairs:
+        prompt = text(ours) if text(ours) is not None else text(theirs)
+        if prompt is None:
+            raise JudgeError(f"{ours.where} has no prompt; --prompts FILE gives the prompts of question_ids")
+        matched.append((prompt, ours, theirs))
+    return matched
+
+
+def win_rate_interval(
+    wins: np.ndarray,  # [pairs] 1, 1/2 or 0
+    groups: Sequence,  # [pairs] the prompt of each
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap, 95 %, of the mean win. Prompts are drawn with replacement, each with all of its pairs."""
+    numbers: dict = {}
+    index = [numbers.setdefault(group, len(numbers)) for group in groups]
+    total, count = np.bincount(index, weights=wins), np.bincount(index)
+    rng = np.random.default_rng(seed)
+    rates = []
+    step = max(1, 2_000_000 // len(total))  # draws held at a time
+    for start in range(0, resamples, step):
+        drawn = rng.integers(len(total), size=(min(step, resamples - start), len(total)))
+        rates.append(total[drawn].sum(1) / count[drawn].sum(1))
+    low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def judge(
+    a: Sequence[Answer],
+    b: Sequence[Answer],
+    reward: Reward,
+    *,
+    prompts: dict | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Verdict:
+    """Compare A with B.
+
+    Args:
+        reward: called once for A's completions and once for B's, with the columns that every compared record of the
+            file has.
+        prompts: as in `match`.
+        count_tokens: for the lengths in tokens.
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        JudgeError: of `match`. RewardError: of `score`; says whose completions.
+    """
+    if resamples < 1:
+        raise JudgeError(f"resamples must be at least 1, not {resamples}")
+    matched = match(a, b, prompts)
+    texts = [prompt for prompt, _, _ in matched]
+    sides = [ours for _, ours, _ in matched], [theirs for _, _, theirs in matched]
+    rewards = [np.array(_score(reward, texts, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)]
+    wins = np.where(rewards[0] > rewards[1], 1.0, np.where(rewards[0] == rewards[1], 0.5, 0.0))
+    low, high = win_rate_interval(wins, texts, resamples=resamples, seed=seed)
+    sizes = [_sizes([answer.completion for answer in answers], count_tokens) for answers in sides]
+    unit = "tokens" if count_tokens is not None else "words"
+    difference = sizes[0][unit] - sizes[1][unit]
+    return Verdict(
+        compared=len(matched),
+        prompts=len(set(texts)),
+        only_in_a=len(a) - len(matched),
+        only_in_b=len(b) - len(matched),
+        wins=int((wins == 1).sum()),
+        ties=int((wins == 0.5).sum()),
+        losses=int((wins == 0).sum()),
+        win_rate=float(wins.mean()),
+        low=low,
+        high=high,
+        reward_a=float(rewards[0].mean()),
+        reward_b=float(rewards[1].mean()),
+        lengths_a=_means(sizes[0]),
+        lengths_b=_means(sizes[1]),
+        length_unit=unit,
+        length_correlation=_correlation(wins, difference),
+        win_rate_when_longer=_mean(wins[difference > 0]),
+        win_rate_when_shorter=_mean(wins[difference < 0]),
+        seed=seed,
+        resamples=resamples,
+    )
+
+
+def _score(reward: Reward, prompts: list[str], answers: list[Answer], side: str) -> list[float]:
+    shared = Counter(name for answer in answers for name in answer.columns)
+    names = [name for name, times in shared.items() if times == len(answers) and name not in ("prompts", "completions")]
+    columns = {name: [answer.columns[name] for answer in answers] for name in names}
+    try:
+        return score(reward, prompts, [answer.completion for answer in answers], **columns)
+    except RewardError as error:
+        raise RewardError(f"completions of {side}: {error}") from error
+
+
+def _sizes(completions: list[str], count_tokens: Callable[[str], int] | None) -> dict[str, np.ndarray]:
+    measures = {"characters": len, "words": lambda text: len(text.split())}
+    if count_tokens is not None:
+        measures["tokens"] = count_tokens
+    return {name: np.array([measure(text) for text in completions], dtype=float) for name, measure in measures.items()}
+
+
+def _means(sizes: dict[str, np.ndarray]) -> Lengths:
+    return Lengths(
+        **{name: _mean(sizes[name]) if name in sizes else None for name in ("characters", "words", "tokens")}
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _correlation(wins: np.ndarray, difference: np.ndarray) -> float | None:
+    if np.ptp(wins) == 0 or np.ptp(difference) == 0:
+        return None
+    return float(np.clip(np.corrcoef(wins, difference)[0, 1], -1, 1))
+
+
+def as_summary(verdict: Verdict) -> dict:
+    def rounded(value):
+        if isinstance(value, dict):
+            return {name: rounded(x) for name, x in value.items()}
+        return round(value, 6) if isinstance(value, float) and math.isfinite(value) else value
+
+    return rounded(asdict(verdict))
+
+
+def describe(verdict: Verdict, names: tuple[str, str] = ("A", "B")) -> str:
+    """The verdict as a table, and one line about length."""
+    v = verdict
+    a, b = v.lengths_a, v.lengths_b
+    rows = [
+        ("", *names),
+        ("wins", f"{v.wins}", f"{v.losses}"),
+        ("win rate, ties half", f"{v.win_rate:.1%}", f"{1 - v.win_rate:.1%}"),
+        ("  95 % interval", f"{v.low:.1%} - {v.high:.1%}", f"{1 - v.high:.1%} - {1 - v.low:.1%}"),
+        ("mean reward", f"{v.reward_a:.4g}", f"{v.reward_b:.4g}"),
+        *([] if a.tokens is None else [("mean tokens", f"{a.tokens:.1f}", f"{b.tokens:.1f}")]),
+        ("mean words", f"{a.words:.1f}", f"{b.words:.1f}"),
+        ("mean characters", f"{a.characters:.1f}", f"{b.characters:.1f}"),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{label.ljust(widths[0])}  {x.rjust(widths[1])}  {y.rjust(widths[2])}" for label, x, y in rows
+    ]  # fmt: skip
+    lines.append(
+        f"{v.compared} pairs of {v.prompts} prompts, {v.ties} ties; interval: {v.resamples} resamples of prompts"
+    )
+    return "\n".join([*lines, _length_note(v)])
+
+
+def _length_note(v: Verdict) -> str:
+    if v.length_correlation is None:
+        return "length: wins or lengths do not vary, so they are not correlated"
+
+    def rate(value: float | None) -> str:
+        return "no such pair" if value is None else f"{value:.1%}"
+
+    return (
+        f"length: win and difference in {v.length_unit} correlate with r = {v.length_correlation:+.2f}; win rate where A is "
+        f"longer {rate(v.win_rate_when_longer)}, where it is shorter {rate(v.win_rate_when_shorter)}"
+    )

@@ -1,0 +1,1 @@
+"""Implementations of the fused head. They share `head.types` and never import one another."""

@@ -1,0 +1,37 @@
+"""The specification, in float64, logits and all. Slow and big on purpose: the tests compare everything with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import HeadSpec, accumulator_dtype
+
+
+def linear_logps(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N] int64, ignore_index allowed
+    bias: Tensor | None,  # [V]
+    spec: HeadSpec,
+    *,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """logp of the targets and entropy of every row, both [N] and 0 where ignored; autograd sees every step."""
+    keep = targets != ignore_index
+    hidden64 = torch.where(keep[:, None], hidden, 0.0).double()  # padding may hold anything, NaN too
+    logits = hidden64 @ weight.double().T  # [N, V]
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * spec.logit_scale
+    if spec.softcap is not None:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    logits = logits / spec.temperature
+
+    log_probs = torch.log_softmax(logits, dim=-1)
+    # -inf log-probabilities (a vocabulary masked by its bias) add 0 to the entropy, and 0 x -inf is NaN
+    surprisal = torch.where(log_probs == float("-inf"), 0.0, log_probs)
+    entropy = -(log_probs.exp() * surprisal).sum(-1)
+    logps = log_probs.gather(1, torch.where(keep, targets, 0)[:, None])[:, 0]
+    dtype = accumulator_dtype(hidden.dtype)
+    return torch.where(keep, logps, 0.0).to(dtype), torch.where(keep, entropy, 0.0).to(dtype)

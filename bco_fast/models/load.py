@@ -1,0 +1,94 @@
+"""From a checkpoint and a `FeedbackConfig` to the model that is trained: dtype, attention, quantisation, adapters."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from ..training.config import FeedbackConfig
+
+logger = logging.getLogger("bco_fast")
+
+
+def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namespace) -> nn.Module:
+    """Load a causal language model as `config` says; every choice that "auto" makes is logged once.
+
+    Raises:
+        ImportError: 4-bit or 8-bit loading without bitsandbytes.
+        OSError, ValueError: of `from_pretrained`.
+    """
+    options: dict = {"dtype": _dtype(config), "trust_remote_code": False}
+    attention = config.attn_implementation
+    if attention is None and torch.cuda.is_available():
+        attention = "flash_attention_2" if _flash_attention_fits(config) else "sdpa"
+        logger.info("attention: %s", attention)
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if config.load_in_4bit or config.load_in_8bit:
+        options["quantization_config"] = _quantization(config)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def _dtype(config: FeedbackConfig) -> torch.dtype | str:
+    if config.model_dtype != "auto":
+        return getattr(torch, config.model_dtype)
+    if config.use_peft or config.load_in_4bit or config.load_in_8bit:
+        return "auto"  # frozen weights stay as they were stored
+    # AdamW's steps of 1e-6 vanish in bfloat16 weights; --bf16 computes in bfloat16 on top of float32 ones
+    logger.info("weights: float32, because all of them are trained (model_dtype=bfloat16 keeps them small)")
+    return torch.float32
+
+
+def _flash_attention_fits(config: FeedbackConfig) -> bool:
+    low = config.bf16 or config.fp16 or config.model_dtype in ("bfloat16", "float16")
+    return low and importlib.util.find_spec("flash_attn") is not None
+
+
+def _quantization(config: FeedbackConfig):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head"],  # the head is what the fused operator reads
+    )
+
+
+def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> nn.Module:
+    """Wrap the model with `peft_config`, or LoRA as `config` says; the base without the adapter is then the reference."""
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError:
+        raise ImportError("use_peft needs peft: pip install peft") from None
+
+    if config.load_in_4bit or config.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    if peft_config is None:
+        names = [name.strip() for name in config.lora_target_modules.split(",")]
+        saved = [name.strip() for name in config.lora_modules_to_save.split(",") if name.strip()]
+        peft_config = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=names[0] if names == ["all-linear"] else names,
+            modules_to_save=saved or None,
+            task_type="CAUSAL_LM",
+        )
+    model = get_peft_model(model, peft_config)
+    trained, whole = model.get_nb_trainable_parameters()
+    logger.info("adapter: %d of %d parameters are trained (%.2f %%)", trained, whole, 100 * trained / whole)
+    return model

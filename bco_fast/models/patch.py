@@ -1,0 +1,268 @@
+"""Where a model's hidden states meet its lm-head: the head returns log-probabilities when targets are set.
+
+The head runs inside the model's own forward, so the hooks of DDP, FSDP and PEFT fire as usual. Without targets the
+model behaves as before: generation, saving and evaluation by others are untouched, parameter names included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..head.linear_logps import HeadStats, fused_linear_logps
+
+TARGETS = "logp_targets"
+ENTROPY = "logp_entropy"
+
+
+class _Switch(NamedTuple):
+    """Arithmetic a model family applies to the logits after lm_head. It moves into the operator, so it is switched off
+    in the model for the calls that return log-probabilities."""
+
+    owner: object
+    name: str
+    value: object
+    neutral: object
+
+
+@dataclass
+class _HeadCall:
+    """What the patched head needs; `targets` only during a forward pass that wants log-probabilities."""
+
+    options: dict[str, object]
+    """Of `fused_linear_logps`, as `patch_model` was given them."""
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    switches: list[_Switch] = field(default_factory=list)
+    targets: Tensor | None = None
+    entropy: bool = False
+
+
+class _LogpLinear(nn.Linear):
+    """An lm-head. It is the original module under this class, so weights, ties, hooks and names stay what they were."""
+
+    bco_fast: _HeadCall
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        call = self.bco_fast
+        if call.targets is None:
+            return super().forward(hidden)
+        order = call.options["vocab_order"]
+        if order is not None and order.device != hidden.device:
+            call.options["vocab_order"] = order.to(hidden.device)
+        out = fused_linear_logps(
+            hidden,
+            self.weight,
+            call.targets,
+            bias=self.bias,
+            logit_scale=call.logit_scale,
+            softcap=call.softcap,
+            return_entropy=call.entropy,
+            **call.options,
+        )
+        # A gradient of 0 through the entropy would cost as much as any other.
+        return torch.stack((out[0], out[1].detach()), dim=-1) if call.entropy else out
+
+
+def _move_post_head(model: nn.Module, call: _HeadCall) -> None:
+    """Find what the model does to its logits after lm_head, and hand it to the operator."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "final_logit_softcapping", None):  # Gemma 2
+        call.softcap = float(text.final_logit_softcapping)
+        call.switches.append(_Switch(text, "final_logit_softcapping", text.final_logit_softcapping, None))
+    if getattr(text, "logits_scaling", 1.0) != 1.0:  # Granite divides
+        call.logit_scale = 1.0 / float(text.logits_scaling)
+        call.switches.append(_Switch(text, "logits_scaling", text.logits_scaling, 1.0))
+    for owner in model.modules():  # Cohere multiplies; the model reads its own copy
+        if isinstance(vars(owner).get("logit_scale"), (int, float)) and owner.logit_scale != 1.0:
+            call.logit_scale = float(owner.logit_scale)
+            call.switches.append(_Switch(owner, "logit_scale", owner.logit_scale, 1.0))
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    """The modules that may act as lm-head: one, or with PEFT's `modules_to_save` the original and each adapter's copy."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+# The hooks find their head through the module they are called on, so that a deep copy of a model uses its own.
+def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
+    if TARGETS not in kwargs:
+        return None
+    targets, entropy = kwargs.pop(TARGETS), kwargs.pop(ENTROPY, False)
+    for linear in _linears(model):
+        if type(linear) is not _LogpLinear:
+            raise TypeError(_refusal(model, linear))
+        linear.bco_fast.targets, linear.bco_fast.entropy = targets, entropy
+        for switch in linear.bco_fast.switches:
+            setattr(switch.owner, switch.name, switch.neutral)
+    return args, kwargs
+
+
+def _clear_targets(model: nn.Module, args: tuple, output) -> None:
+    for linear in _linears(model):
+        if type(linear) is _LogpLinear and linear.bco_fast.targets is not None:
+            linear.bco_fast.targets, linear.bco_fast.entropy = None, False
+            for switch in linear.bco_fast.switches:
+                setattr(switch.owner, switch.name, switch.value)
+
+
+def _refusal(model: nn.Module, head: nn.Module | None) -> str:
+    return (
+        f"the lm-head of {type(model).__name__} is {type(head).__name__}, not a plain nn.Linear: a quantised head or an "
+        "adapter on it cannot be fused. Leave lm_head out of quantisation and of the adapter's targets "
+        '(modules_to_save=["lm_head"] trains it whole).'
+    )
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Refuse by name what is not a causal language model on text alone."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; bco_fast trains causal language models")
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise ValueError(f"{name} reads more than text ({part}); bco_fast trains causal language models on text")
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"{name} uses {adapter.peft_type.value}: virtual tokens shift every position, which is not supported; "
+                "use LoRA"
+            )
+
+
+def patch_model(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+    vocab_order: Tensor | None = None,  # [V]
+    stats: HeadStats | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Make a Hugging Face causal model return token log-probabilities when it is called with `logp_targets`.
+
+        logps = model(input_ids, attention_mask=mask, logp_targets=targets, use_cache=False).logits     # [B, T]
+
+    `logp_targets[b, t]` is the token that position t predicts, -100 where nobody asks; with `logp_entropy=True` the
+    result is [B, T, 2], log-probabilities and entropies, the latter without gradient. Any other call is unchanged.
+    The model is patched in place; patching it again only updates the options.
+
+    Args:
+        model: a causal language model whose output embedding is a plain `nn.Linear`.
+        backend, workspace_bytes, sparse_tolerance, vocab_order, stats: of `fused_linear_logps`.
+        verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
+            logits which this library does not know.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model has no lm-head, or it is not a plain `nn.Linear` (quantised, or with an adapter on it).
+        ValueError: the model is an encoder-decoder, reads images or audio, or is prompt-tuned; or the log-probabilities
+            are not those of its logits.
+    """
+    _check_kind(model)
+    linears = _linears(model)
+    for linear in linears:
+        if type(linear) not in (nn.Linear, _LogpLinear):
+            raise TypeError(_refusal(model, linear))
+    options = {
+        "backend": backend,
+        "workspace_bytes": workspace_bytes,
+        "sparse_tolerance": sparse_tolerance,
+        "vocab_order": vocab_order,
+        "stats": stats,
+    }
+    fresh = [linear for linear in linears if type(linear) is nn.Linear]
+    for linear in linears:
+        if linear not in fresh:
+            linear.bco_fast.options = options
+    if not fresh:
+        return model
+    call = _HeadCall(options)
+    _move_post_head(model, call)
+    for linear in fresh:
+        linear.__class__ = _LogpLinear
+        linear.bco_fast = call
+    hooks = (
+        model.register_forward_pre_hook(_set_targets, with_kwargs=True),
+        model.register_forward_hook(_clear_targets, always_call=True),
+    )
+    try:
+        if verify and not any(p.is_meta for p in model.parameters()):
+            _verify(model, linears[-1])
+    except BaseException:
+        for hook in hooks:
+            hook.remove()
+        for linear in fresh:
+            del linear.bco_fast
+            linear.__class__ = nn.Linear
+        raise
+    return model
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, head: nn.Linear) -> None:
+    training = model.training
+    model.eval()
+    try:
+        tokens = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
+        targets = tokens.roll(-1, dims=1)
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        logps = model(input_ids=tokens, use_cache=False, **{TARGETS: targets}).logits
+    finally:
+        model.train(training)
+    # the model rounds its logits to its dtype; we do not
+    budget = 1e-4 + 8 * torch.finfo(head.weight.dtype).eps * float(logits.abs().max())
+    if logps.shape != expected.shape or not (logps.float() - expected).abs().max() <= budget:
+        raise ValueError(
+            f"{type(model).__name__} does something to its logits after lm_head that bco_fast does not know: its "
+            f"log-probabilities and ours differ by more than {budget:.1e}. Please open an issue with its name."
+        )
+
+
+class HeadOutput(NamedTuple):
+    """What one forward pass of a patched model says of the tokens asked for; float32, nats, 0 where nobody asks."""
+
+    logps: Tensor  # the shape of targets
+    entropy: Tensor | None
+    aux_loss: Tensor | None
+    """The load-balancing loss of a mixture of experts, unweighted, if its config asks for it (output_router_logits)."""
+
+
+def forward_logps(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],  # input_ids, targets and attention_mask or position_ids: [B, T]
+    *,
+    return_entropy: bool = False,
+) -> HeadOutput:
+    """Run a patched model. A packed batch has position_ids, which start again at 0 with every sequence, and no mask."""
+    options = {ENTROPY: True} if return_entropy else {}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    out = model(**inputs, use_cache=False, **{TARGETS: batch["targets"]}, **options)
+    logps, entropy = out.logits.unbind(-1) if return_entropy else (out.logits, None)
+    return HeadOutput(logps, entropy, getattr(out, "aux_loss", None))
+
+
+def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:  # the shape of targets
+    """The log-probabilities alone; see `forward_logps`."""
+    return forward_logps(model, batch).logps
+
+
+def logp_budget(model: nn.Module, *, autocast: bool = False) -> float:
+    """How far two computations of a mean log-probability per token may lie apart, in nats.
+
+    Batches of another shape round differently: by a few units in the last place of the computation's dtype, on logits of
+    any size.
+    """
+    return 0.05 if autocast or next(model.parameters()).dtype.itemsize < 4 else 1e-3

@@ -1,0 +1,274 @@
+"""Explicit rewards of completions: a sequence-classification model, or a Python function.
+
+    def reward(prompts: list[str], completions: list[str], **columns) -> list[float]
+
+is the signature of TRL's `reward_funcs`: it is called by keyword, `columns` are further columns of the prompts' file, one
+value per prompt, and it returns one finite number per completion; more is better. Where prompts are chats, a prompt is a
+list of messages and a completion a list of one. Whatever else comes back stops the work with an error that names a prompt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data.tokenize import fit
+
+logger = logging.getLogger("bco_fast")
+
+Reward = Callable[..., Sequence[float]]
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used; names the prompt and the reason."""
+
+
+def _named(prompts: Sequence[str], index: int) -> str:
+    text = str(prompts[index])
+    return f"prompt {index} ({text[:60]!r}{'...' if len(text) > 60 else ''})"
+
+
+def check_rewards(prompts: Sequence[str], rewards: Sequence[float]) -> list[float]:
+    """The rewards as Python floats, if there is one finite number for each prompt.
+
+    Args:
+        rewards: a list, or a one-dimensional array or tensor; booleans count 0 and 1.
+
+    Raises:
+        RewardError: not a list, of the wrong length, or a reward that is not a finite number; names the first such
+            prompt by its index and its first 60 characters.
+    """
+    if hasattr(rewards, "tolist"):
+        rewards = rewards.tolist()
+    if not isinstance(rewards, Sequence) or isinstance(rewards, (str, bytes)):
+        raise RewardError(f"rewards must be a list with one number per prompt, not {type(rewards).__name__}")
+    if len(rewards) != len(prompts):
+        few = len(rewards) < len(prompts)
+        where = f"; the first without one is {_named(prompts, len(rewards))}" if few else ""
+        if not few and prompts:
+            where = f"; the last prompt is {_named(prompts, len(prompts) - 1)}"
+        raise RewardError(f"{len(rewards)} rewards for {len(prompts)} prompts{where}")
+    checked = []
+    for index, reward in enumerate(rewards):
+        try:
+            value = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise RewardError(f"the reward of {_named(prompts, index)} is {reward!r}, not a finite number")
+        checked.append(value)
+    return checked
+
+
+def score(reward: Reward, /, prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
+    """Call a reward and check what it returns.
+
+    Args:
+        reward: called as reward(prompts=, completions=, **columns).
+        columns: lists with one value per prompt; what is not a list is passed on as it is.
+
+    Returns:
+        One finite float per completion.
+
+    Raises:
+        RewardError: the lists differ in length, the reward raised, or what `check_rewards` refuses. If it raised, it
+            is asked again for one prompt at a time, up to the one it fails on.
+    """
+    prompts, completions = list(prompts), list(completions)
+    for name, column in {"completions": completions, **columns}.items():
+        if isinstance(column, list) and len(column) != len(prompts):
+            raise RewardError(f"{len(prompts)} prompts, but {name} has {len(column)} values")
+    if not prompts:
+        return []
+    try:
+        rewards = reward(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        index, cause = _culprit(reward, prompts, completions, columns, error)
+        where = (
+            f"for {_named(prompts, index)}"
+            if cause is not None
+            else f"for {len(prompts)} prompts together, though for none of them alone; the first is {_named(prompts, 0)}"
+        )
+        cause = cause or error
+        reason = " ".join(str(cause).split()) or "no message"
+        raise RewardError(f"the reward raised {type(cause).__name__} {where}: {reason}") from error
+    return check_rewards(prompts, rewards)
+
+
+def _culprit(reward: Reward, prompts: list, completions: list, columns: dict, error: Exception):
+    """(index, exception) of the first prompt that the reward fails on by itself; (0, None) if there is none."""
+    if len(prompts) == 1:
+        return 0, error
+    for index in range(len(prompts)):
+        own = {
+            name: column[index : index + 1] if isinstance(column, list) else column for name, column in columns.items()
+        }
+        try:
+            reward(prompts=prompts[index : index + 1], completions=completions[index : index + 1], **own)
+        except Exception as cause:
+            return index, cause
+    return 0, None
+
+
+class SequenceReward:
+    """The one logit of a Hugging Face sequence-classification model, as a reward.
+
+    A tokenizer with a chat template reads the prompt as the user's turn and the completion as the assistant's, chats as
+    they are; one with a separator token (BERT, DeBERTa) reads them as a pair; any other reads tok(prompt) +
+    tok(completion) + EOS, as in training. The last two read texts only. A text that is too long loses the beginning of its prompt first; how many did is logged.
+
+    Args:
+        model_or_path: the model, which stays on its device; or a folder or Hub name, loaded in its stored dtype onto
+            the accelerator if there is one.
+        tokenizer: None to load it from the path.
+        batch_size: texts in one forward pass.
+        max_length: tokens of a text; None for what the model has positions for.
+
+    Raises:
+        RewardError: the model cannot be loaded, has another number of logits than one, or its head is not in the
+            checkpoint (a causal language model would get a random one).
+    """
+
+    def __init__(self, model_or_path, tokenizer=None, batch_size: int = 16, max_length: int | None = None):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if isinstance(model_or_path, (str, os.PathLike)):
+            model_or_path, tokenizer = _load(str(model_or_path), tokenizer)
+        self.model: nn.Module = model_or_path
+        self.__name__ = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        if tokenizer is None:
+            raise RewardError("SequenceReward needs the tokenizer of a model that is given as an object")
+        if self.model.config.num_labels != 1:
+            raise RewardError(f"a reward model has one logit, {self.__name__} has {self.model.config.num_labels}")
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = max_length or min(positions or 2**30, tokenizer.model_max_length)
+        self._pad = next(
+            (
+                i
+                for i in (tokenizer.pad_token_id, self.model.config.pad_token_id, tokenizer.eos_token_id)
+                if i is not None
+            ),
+            None,
+        )
+        if self._pad is None:
+            raise RewardError(f"the tokenizer of {self.__name__} has neither a padding nor an EOS token")
+        self.model.config.pad_token_id = self._pad  # a decoder scores the last token that is not this one
+        self.model.eval()
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str | list], completions: Sequence[str | list], **columns) -> list[float]:
+        texts = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        cut = sum(was_cut for _, was_cut in texts)
+        if cut:
+            logger.warning("max_length=%d of the reward model cut %d of %d texts", self.max_length, cut, len(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]["input_ids"]))
+        device = next(self.model.parameters()).device
+        rewards = [0.0] * len(texts)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = {name: t.to(device) for name, t in self._batch([texts[i][0] for i in chosen]).items()}
+            for i, logit in zip(chosen, self.model(**batch).logits[:, 0].float().tolist(), strict=True):
+                rewards[i] = logit
+        return rewards
+
+    def _encode(self, prompt: str | list, completion: str | list) -> tuple[dict[str, list[int]], bool]:
+        """Token ids (and token types, for a pair), and whether they were cut."""
+        tok, limit = self.tokenizer, self.max_length
+        if tok.chat_template:
+            turns = [*_messages("user", prompt), *_messages("assistant", completion)]
+            ids = tok.apply_chat_template(turns, tokenize=True, return_dict=False)
+            return {"input_ids": ids[-limit:]}, len(ids) > limit
+        if not isinstance(prompt, str):
+            raise RewardError(f"prompts are chats, and the tokenizer of {self.__name__} has no chat template")
+        if tok.sep_token_id is not None:
+            whole = tok(prompt, completion)
+            keep = [name for name in ("input_ids", "token_type_ids") if name in whole]
+            if len(whole["input_ids"]) <= limit:
+                return {name: list(whole[name]) for name in keep}, False
+            side, tok.truncation_side = tok.truncation_side, "left"
+            try:
+                cut = tok(prompt, completion, truncation="longest_first", max_length=limit)
+            finally:
+                tok.truncation_side = side
+            return {name: list(cut[name]) for name in keep}, True
+        ids, answer = tok(prompt)["input_ids"], tok(completion, add_special_tokens=False)["input_ids"]
+        if tok.eos_token_id is not None:
+            answer = [*answer, tok.eos_token_id]
+            if ids and ids[-1] == tok.eos_token_id and not prompt.endswith(tok.eos_token):
+                ids = ids[:-1]  # some tokenizers close every text
+        kept, (shown,) = fit(ids, [answer], limit, max(1, limit // 2))
+        return {"input_ids": [*kept, *shown]}, len(kept) + len(shown) < len(ids) + len(answer)
+
+    def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-padded: [B, T] int64."""
+        width = max(1, max(len(text["input_ids"]) for text in texts))
+        batch = {
+            name: torch.tensor([t[name] + [fill] * (width - len(t[name])) for t in texts])
+            for name, fill in (("input_ids", self._pad), ("token_type_ids", 0))
+            if name in texts[0]
+        }
+        lengths = torch.tensor([len(t["input_ids"]) for t in texts])
+        return batch | {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+
+
+def _messages(role: str, said: str | list) -> list:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
+
+
+def _load(path: str, tokenizer):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", output_loading_info=True)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise RewardError(f"{path}: {' '.join(str(error).split())}") from None
+    if info["missing_keys"]:
+        raise RewardError(
+            f"{path} is not a reward model: its checkpoint has no {', '.join(sorted(info['missing_keys']))}"
+        )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.to(device), tokenizer
+
+
+def load_reward(spec: str | os.PathLike) -> Reward:
+    """A reward by name: "module:function" (the working directory is searched too), or the folder or Hub name of a
+    sequence-classification model.
+
+    Raises:
+        RewardError: there is no such folder, module or function, or the model is no reward model.
+    """
+    spec = os.fspath(spec)
+    if Path(spec).is_dir():
+        return SequenceReward(spec)
+    module, colon, name = spec.partition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        return _import(module, name)
+    if Path(spec).exists() or Path(spec).is_absolute() or spec.startswith(".") or spec.count("/") > 1:
+        raise RewardError(f"{spec}: neither the folder of a reward model nor module:function")
+    return SequenceReward(spec)
+
+
+def _import(module: str, name: str) -> Reward:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise RewardError(f"{module}:{name}: importing {module} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise RewardError(f"{module}:{name}: {module} has no callable {name!r}")
+    return found

@@ -1,0 +1,174 @@
+"""Runs the reference model over what the cache does not hold yet, and checks a few rows of what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data.batch import collate, collate_packed
+from ..data.dataset import Example
+from ..models.patch import completion_logps, logp_budget
+from .cache import CacheError, FillPlan, ReferenceCache
+
+ROWS_PER_SHARD = 512
+
+
+CHECKED_ROWS = 4
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """What `fill` did."""
+
+    rows: int
+    """Distinct rows asked for: hits + computed."""
+    hits: int
+    """Found in the cache, or computed meanwhile by another process."""
+    computed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows: {self.hits} cached, {self.computed} computed"
+
+
+def fill(
+    cache: ReferenceCache,
+    examples: Sequence[Example],
+    model: nn.Module,
+    *,
+    pad_token_id: int = 0,
+    tokens_per_batch: int = 8192,
+    autocast: contextlib.AbstractContextManager | None = None,
+    progress: bool = True,
+    adapter: bool = False,
+    check_tokens: bool = True,
+    packed: bool | None = None,
+) -> FillReport:
+    """Compute the rows the cache lacks and commit them shard by shard; an interruption loses one shard at most.
+
+    With torch.distributed initialised, every rank may call this at the same time: the ranks share the missing rows and
+    find each other's on disk, without waiting for one another.
+
+    Args:
+        model: the reference, patched by `patch_model`, on its device; run in eval mode without gradient.
+        tokens_per_batch: padded tokens of one forward pass.
+        autocast: the context that training will compute in.
+        adapter: of a PEFT model, keep its active adapters switched on; otherwise the reference is the base model.
+        check_tokens: verify the per-token values of the rows that are there (1 GB a second) and compute damaged ones
+            again, with a warning. Without it a damaged row shows when it is read; sums are verified either way.
+        packed: run sequences end to end instead of padding them (`packing.collate_packed`); by default where
+            FlashAttention runs them so without a mask. Other attention builds a mask of all pairs of tokens.
+
+    Raises:
+        CacheError: a cached row does not agree with the model, a new one is not finite, or the disk cannot be written.
+    """
+    start = time.perf_counter()
+    by_key = {example.key: example for example in examples}
+    keys = list(by_key)
+    if check_tokens:
+        cache.drop_damaged(keys)
+    known = cache.find(keys)[:, 0] >= 0
+    hits = {key: by_key[key] for key, here in zip(keys, known, strict=True) if here}
+    missing = {key: by_key[key] for key in keys if key not in hits}
+    computed = 0
+    if packed is None:
+        packed = str(getattr(model.config, "_attn_implementation", "")).startswith("flash_attention")
+    with _as_reference(model, adapter), autocast or contextlib.nullcontext():
+        if missing:
+            cache.model_name = Path(str(getattr(model.config, "_name_or_path", ""))).name
+            plan = cache.make_plan(keys, rows_per_shard=ROWS_PER_SHARD, tokens_per_batch=tokens_per_batch)
+            computed = _compute(cache, missing, model, plan, pad_token_id, progress, packed)
+        cache.settle()
+        if hits:
+            _spot_check(cache, hits, model, pad_token_id)
+    return FillReport(len(keys), len(keys) - computed, computed, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _as_reference(model: nn.Module, adapter: bool) -> Iterator[None]:
+    """In eval mode, without gradient, without the adapters of a PEFT model unless they are asked for."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    off = contextlib.nullcontext() if adapter or not hasattr(model, "disable_adapter") else model.disable_adapter()
+    try:
+        with torch.no_grad(), off:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _compute(
+    cache: ReferenceCache,
+    missing: dict[bytes, Example],
+    model: nn.Module,
+    plan: FillPlan,
+    pad_token_id: int,
+    progress: bool,
+    packed: bool,
+) -> int:
+    # Longest first: rows of one length share a batch, and memory peaks in the first one. Keys break ties, so the cuts
+    # do not depend on the order of the file.
+    order = sorted(missing, key=lambda key: (-len(missing[key]), key))
+    total = sum(map(len, missing.values()))
+    with tqdm(total=total, desc="reference", unit="tok", unit_scale=True, disable=not progress) as bar:
+
+        def compute(keys: list[bytes]) -> list[np.ndarray]:
+            values: list[np.ndarray] = []
+            for batch in _batches([missing[key] for key in keys], plan.tokens_per_batch):
+                values += token_logps(model, batch, pad_token_id, packed)
+                bar.update(sum(map(len, batch)))
+            return values
+
+        def found(keys: Sequence[bytes]) -> None:
+            bar.total -= sum(len(missing[key]) for key in keys)
+
+        ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        return cache.build(order, compute, rows_per_shard=plan.rows_per_shard, share=ranks, found=found)
+
+
+def _batches(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    for example in examples:
+        if batch and (len(batch) + 1) * max(len(batch[0]), len(example)) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def token_logps(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, packed: bool = False
+) -> list[np.ndarray]:
+    """Per-token log-probabilities of each completion."""
+    device = next(model.parameters()).device
+    batch = (collate_packed if packed else collate)([(example, 0.0) for example in examples], pad_token_id)
+    logps = completion_logps(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    logps = logps.float().cpu().numpy()
+    rows = np.split(logps[0], batch["cu_seqlens"][1:-1].numpy()) if packed else logps
+    return [row[e.completion_start - 1 : len(e) - 1] for row, e in zip(rows, examples, strict=True)]
+
+
+def _spot_check(cache: ReferenceCache, hits: dict[bytes, Example], model: nn.Module, pad_token_id: int) -> None:
+    """Recompute a few cached rows, others each time: a reference that is not this model shows in the first."""
+    chosen = np.random.default_rng().choice(len(hits), min(CHECKED_ROWS, len(hits)), replace=False)
+    budget = logp_budget(model, autocast=torch.is_autocast_enabled(next(model.parameters()).device.type))
+    keys = list(hits)
+    for key in (keys[i] for i in chosen):
+        fresh = token_logps(model, [hits[key]], pad_token_id)[0]
+        stored = cache.token_logps(key)
+        if fresh.shape != stored.shape or not np.abs(fresh - stored).mean() <= budget:
+            raise CacheError(
+                f"row {key.hex()} of {cache.folder} does not agree with the reference model any more. "
+                "Delete that folder, or choose another cache_dir, and run again."
+            )

@@ -1,0 +1,121 @@
+"""Runs the reference model over what the cache does not hold yet, and checks a few rows of what it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from .cache import ReferenceId
+
+# What a config says about itself rather than about the function it describes.
+_VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
+
+
+_HASHED_PIECE = 32 << 20  # bytes; pieces of one tensor are hashed by several threads
+
+
+def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = False) -> ReferenceId:
+    """Identify a reference by what it computes: weights, config, dtype, attention backend.
+
+    Every weight is read from memory once, because only memory is what computes: files of the same name may have been
+    changed, converted or merged since. Threads share the work, 1 to 2 GB a second for each core.
+
+    Args:
+        autocast: "no", or the dtype that training and `fill` compute in.
+        adapter: of a PEFT model, identify it with its active adapters rather than its base model; see `fill`.
+
+    Raises:
+        ValueError: a weight is not in memory (meta device), or an adapter is merged into the base weights in place.
+    """
+    weights = _weights(model, adapter)
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    if adapter and hasattr(model, "peft_config"):
+        config["adapters"] = {name: _settings(model.peft_config[name]) for name in model.active_adapters}
+    text = json.dumps(config, sort_keys=True, default=_plain)
+    return ReferenceId(
+        weights=_digest(weights),
+        config=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        dtype=f"{next(model.parameters()).dtype}, autocast {autocast}",
+        attention=str(getattr(model.config, "_attn_implementation", "default")),
+    )
+
+
+def _settings(peft_config) -> dict:
+    return {
+        key: value for key, value in vars(peft_config).items() if key not in ("base_model_name_or_path", "revision")
+    }
+
+
+def _plain(value) -> object:
+    """For JSON; a set has another order in every process."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
+    """Tensors by name. Without its adapters a PEFT model has the names and tensors of its base model, so that both find
+    the same cache, whatever numbers the adapters were initialised with."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
+    if not adapter and not hasattr(model, "get_base_model"):
+        raise ValueError("an adapter was added to the model in place: wrap it with peft.get_peft_model instead")
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
+    if any(getattr(layer, "merged", False) for _, layer in layers):
+        raise ValueError(
+            "an adapter is merged into the weights of its base model in place: call unmerge_adapter() first, or "
+            "merge_and_unload() to make the merged model the reference"
+        )
+    if adapter:
+        return model.state_dict()
+    # PEFT keeps the module that it wraps under one of two names.
+    wraps = {
+        f"{name}.": f"{name}.{inner}."
+        for name, layer in layers
+        for inner in ("base_layer", "original_module")
+        if inner in dict(layer.named_children())
+    }
+    base = next(f"{name}." for name, module in model.named_modules() if module is model.get_base_model())
+    return {
+        name.removeprefix(base): tensor
+        for name, tensor in _unwrapped(model.state_dict(), wraps)
+        if name.startswith(base)
+    }
+
+
+def _unwrapped(state: Mapping[str, Tensor], wraps: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in state.items():
+        for outside, inside in reversed(wraps.items()):  # inner modules first: their names hold the outer ones
+            if name.startswith(inside):
+                name = outside + name.removeprefix(inside)
+            elif name.startswith(outside):
+                break  # the adapter's own
+        else:
+            yield name, tensor
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes; pieces are hashed by threads, and tied weights once."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise ValueError(f"{name} of the reference model has no values in memory, so it cannot be identified")
+    views = {(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device): t for t in weights.values()}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        pieces = {
+            view: pool.map(_sha256, tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_HASHED_PIECE))
+            for view, tensor in views.items()
+        }
+        hashes = {view: b"".join(found) for view, found in pieces.items()}
+    whole = hashlib.sha256()
+    for name, t in sorted(weights.items(), key=lambda item: item[0]):
+        whole.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
+        whole.update(hashes[t.data_ptr(), t.dtype, t.shape, t.stride(), t.device])
+    return whole.hexdigest()[:32]
+
+
+def _sha256(piece: Tensor) -> bytes:
+    return hashlib.sha256(piece.cpu().numpy()).digest()

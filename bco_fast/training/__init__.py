@@ -1,0 +1,1 @@
+"""The trainer, its options, and its checkpoints."""

@@ -1,0 +1,233 @@
+"""`FeedbackConfig`: the Hugging Face `TrainingArguments` and what an objective on feedback needs beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from ..losses import OBJECTIVES, Objective
+from ..losses.reward_shift import MODES, RewardShift
+
+
+def _option(default, help: str, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class FeedbackConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what an objective on feedback needs beside them.
+
+    Raises:
+        ValueError: an option is out of its range, or belongs to another kind of objective than `loss_type`.
+    """
+
+    learning_rate: float = _option(5e-6, "Peak learning rate of AdamW, per optimizer step.")
+    logging_steps: float = _option(10, "Optimizer steps between log lines; below 1, a share of all steps.")
+    remove_unused_columns: bool = _option(False, "Ignored: rows are tokens already.")
+
+    loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=list(OBJECTIVES))
+    beta: float | None = _option(
+        None, "Reward per nat of log-ratio, > 0. Default: the paper's, 0.1 for most, see docs/objectives.md."
+    )
+    reduction: str = _option(
+        "mean",
+        "Of an unpaired objective: mean over the batch, or class_mean, the sum of the means of the two classes.",
+        choices=["mean", "class_mean"],
+    )
+    shift_mode: str | None = _option(
+        None,
+        "How δ follows the rewards: ema, cumulative, batch or fixed (0). Default: ema for bco and una_reward, fixed for "
+        "the other una objectives.",
+        choices=list(MODES),
+    )
+    shift_decay: float = _option(0.9, "Decay of δ's moving average per optimizer step, [0, 1).")
+    shift_balanced: bool = _option(True, "Both classes weigh the same in δ (Eq. 7 of BCO); else rewards are pooled.")
+    shift_update: str = _option(
+        "step",
+        "When δ moves: step, after an optimizer step, or micro, before every micro-batch's loss.",
+        choices=["step", "micro"],
+    )
+    slic_delta: float = _option(1.0, "Margin of slic, nats, > 0.")
+    sft_weight: float = _option(0.0, "Weight of the chosen completion's likelihood in slic, >= 0.")
+    gamma: float = _option(1.0, "Target margin of simpo, in reward units, >= 0.")
+    lam: float = _option(0.1, "Weight of the odds ratio in orpo, >= 0.")
+    alpha: float = _option(0.01, "Reward per token of length in rdpo, >= 0.")
+    length_normalized: bool = _option(False, "ipo on means over tokens, as TRL trains it, not on sums.")
+
+    desirable_weight: str = _option(
+        "1", "λ that multiplies the cost of thumbs up; auto: n-/n+ or n+/n- on the rarer class, so both weigh the same."
+    )
+    undesirable_weight: float = _option(1.0, "λ that multiplies the cost of thumbs down, >= 0.")
+    oversample: bool = _option(False, "Repeat rows of the rarer class until both are equally frequent.")
+    batch_composition: str = _option(
+        "random",
+        "Order of the rows: random, or stratified, every batch with the classes in the dataset's proportion.",
+        choices=["random", "stratified"],
+    )
+    pairing_ratio: float = _option(
+        1.0, "Share of pairs of which an unpaired objective sees both sides; of the others one at random, [0, 1]."
+    )
+
+    model_dtype: str = _option(
+        "auto",
+        "Of the weights, when the model is loaded from a path. auto: float32 where all are trained, else as stored.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    attn_implementation: str | None = _option(
+        None,
+        "Attention backend, when the model is loaded from a path. Default: FlashAttention where it fits, else SDPA.",
+    )
+    load_in_4bit: bool = _option(False, "QLoRA: the base in 4 bits (NF4), its head in the stored dtype.")
+    load_in_8bit: bool = _option(False, "The base in 8 bits, its head in the stored dtype.")
+    use_peft: bool = _option(False, "Train a LoRA adapter; the base with the adapter disabled is the reference.")
+    lora_r: int = _option(32, "Rank of the adapter, dimensions.")
+    lora_alpha: int = _option(64, "Scale of the adapter: alpha / r multiplies its output.")
+    lora_dropout: float = _option(0.0, "Dropout on the adapter's input, [0, 1).")
+    lora_target_modules: str = _option("all-linear", "Modules that get an adapter, comma-separated, or all-linear.")
+    lora_modules_to_save: str = _option("", "Modules trained whole beside the adapter, comma-separated, e.g. lm_head.")
+
+    disable_dropout: bool = _option(
+        False, "Set every nn.Dropout of the model to 0: rewards then start at 0 in training."
+    )
+
+    padding_free: bool = _option(False, "Pack the sequences of a batch end to end instead of padding them.")
+    tokens_per_batch: int | None = _option(
+        None,
+        "Tokens of a micro-batch at most (padded ones without padding_free), instead of a number of rows. Default: no limit.",
+    )
+    activation_offloading: bool = _option(
+        False, "Keep what the backward needs in host memory; with gradient_checkpointing, for long context."
+    )
+    mlp_chunk_tokens: int | None = _option(None, "Tokens an MLP runs over at a time, for long context. Default: all.")
+
+    max_length: int = _option(1024, "Tokens of prompt and completion together.")
+    max_prompt_length: int | None = _option(
+        None, "Tokens a prompt keeps, from its end, in a row that is too long. Default: half of max_length."
+    )
+    chat_template: str | None = _option(
+        None, "Chat template in place of the tokenizer's: the path of a Jinja file, or the template. Default: its own."
+    )
+    on_bad_row: str = _option(
+        "error", "What a bad row of feedback does: error, or skip (counted and reported).", choices=["error", "skip"]
+    )
+    columns: str | None = _option(
+        None, "What columns are called in the data, ours=theirs: completion=response,label=kto_tag."
+    )
+    score_scale: str | None = _option(None, "Lowest and highest score in the data, as in 1,5. Default: 0,1.")
+    cache_dir: str | None = _option(
+        None, "Folder of the reference cache. Default: $BCO_FAST_CACHE, or bco_fast in the user's cache folder."
+    )
+    reference_tokens_per_batch: int = _option(8192, "Padded tokens in one forward pass of the reference model.")
+    backend: str = _option(
+        "auto",
+        "Of the fused head: auto, triton, torch or reference.",
+        choices=["auto", "triton", "torch", "reference"],
+    )
+    workspace_bytes: int = _option(256 << 20, "Bytes the logits tiles of the fused head may take.")
+    sparse_tolerance: float = _option(
+        0.0,
+        "The backward of a trainable head leaves out the least of the logits' gradient, at most this share of its L1 norm, "
+        "[0, 1). 0: the exact backward.",
+    )
+    vocab_order: str = _option(
+        "ids",
+        "How the vocabulary is cut into cells for sparse_tolerance: by token ids, or by counts in the training data.",
+        choices=["ids", "counts"],
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type not in OBJECTIVES:
+            raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, not {self.loss_type!r}")
+        if self.beta is None:
+            self.beta = self.objective.beta
+        elif self.objective.beta is None:
+            raise ValueError(f"{self.loss_type} has no beta")
+        self._check_numbers()
+        self._check_fit()
+        self._leave_the_head_to_us()
+        self.remove_unused_columns = False
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of the rows follows torch's seed of the moment, also on resume
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every start
+        self.new_shift()  # raises on a bad mode or decay
+
+    def _check_numbers(self) -> None:
+        if self.desirable_weight != "auto":
+            try:
+                self.desirable_weight = float(self.desirable_weight)
+            except ValueError:
+                raise ValueError(
+                    f"desirable_weight must be a number or 'auto', not {self.desirable_weight!r}"
+                ) from None
+        elif self.undesirable_weight != 1.0:
+            raise ValueError("desirable_weight='auto' sets both weights: leave undesirable_weight at 1")
+        if not 0.0 <= self.sparse_tolerance < 1.0:
+            raise ValueError(f"sparse_tolerance must be in [0, 1), not {self.sparse_tolerance}")
+        if self.vocab_order not in ("ids", "counts"):
+            raise ValueError(f"vocab_order must be ids or counts, not {self.vocab_order!r}")
+        for name in ("beta", "slic_delta"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be > 0, not {value}")
+        for name in ("sft_weight", "gamma", "lam", "alpha", "desirable_weight", "undesirable_weight"):
+            value = getattr(self, name)
+            if value != "auto" and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be >= 0, not {value}")
+        for name in ("tokens_per_batch", "mlp_chunk_tokens", "lora_r"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ValueError(
+                "quantised weights cannot be trained themselves: load_in_4bit and load_in_8bit need use_peft"
+            )
+        if not 0 <= self.pairing_ratio <= 1:
+            raise ValueError(f"pairing_ratio must be in [0, 1], not {self.pairing_ratio}")
+
+    def _check_fit(self) -> None:
+        """Options that the objective would ignore are refused: somebody meant something by them."""
+        ours = type(self).__dataclass_fields__
+        unpaired = ("reduction", "desirable_weight", "undesirable_weight", "oversample", "batch_composition", "pairing_ratio")  # fmt: skip
+        useless = {
+            "pairs": [] if self.objective.data != "pairs" else unpaired,
+            "shift": [] if self.objective.shift else ("shift_mode",),
+            "tokens": [] if self.loss_type != "sft" else ("reduction",),
+            "lengths": [] if self.loss_type == "ipo" else ("length_normalized",),
+            "scores": [] if self.objective.data == "labels" else ("pairing_ratio",),
+            "own": [
+                name
+                for objective in OBJECTIVES.values()
+                for name in objective.options
+                if name not in self.objective.options
+            ],
+        }
+        for name in (name for names in useless.values() for name in names):
+            value, default = getattr(self, name), ours[name].default
+            if value != default and not (name == "desirable_weight" and value == 1.0):
+                raise ValueError(f"{self.loss_type} does not read {name} (given: {value!r})")
+
+    def _leave_the_head_to_us(self) -> None:
+        """Liger's kernels are welcome in the layers; its fused head would replace the forward that ours hooks into."""
+        if not self.use_liger_kernel:
+            return
+        chosen = dict(self.liger_kernel_config or {})
+        for name in ("fused_linear_cross_entropy", "cross_entropy"):
+            if chosen.get(name):
+                raise ValueError(f"liger_kernel_config asks for {name}: the head is bco_fast's own, leave it out")
+            chosen[name] = False
+        self.liger_kernel_config = chosen
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.loss_type]
+
+    def new_shift(self) -> RewardShift:
+        mode = self.shift_mode or self.objective.shift or "fixed"
+        # una_reward's constant is the mean of r - reward, whatever the class
+        balanced = self.shift_balanced and self.objective.data != "rewards"
+        return RewardShift(mode, self.shift_decay, balanced, self.shift_update)

@@ -1,0 +1,201 @@
+"""What a run leaves beside its checkpoints for people to look at: run.json, held_out.jsonl and the model card.
+
+run.json          what was trained, with what, on what: no secrets, no absolute paths; rewritten whole at every save
+held_out.jsonl    one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
+                  "tokens"}; reward in reward units, logp summed, in nats
+README.md         the model card, in every checkpoint and at the end in the run's folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import time
+from enum import Enum
+from pathlib import Path, PurePath
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
+
+from ..data.dataset import FeedbackDataset
+from ..files import atomic_text
+from ..models.memory import peak_memory_mb
+from .config import FeedbackConfig
+from .model_card import model_card
+
+# Said of every run; of the other options those that are not at their default.
+_ALWAYS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "seed",
+)  # fmt: skip
+# Where a run lies and where it is sent is nobody's business who reads its card.
+_PRIVATE = re.compile(
+    r"token|secret|password|api_key|^hub_|^push_to|_dir$|^resume_from|^trackio|^local_rank$|^loss_type$|^beta$"
+)
+_LOCAL_PATH = re.compile(r"(?<![\w:/.])(?:~|\.\.?)?/[^\s,;:'\"]+|\b[A-Za-z]:\\[^\s,;'\"]+")
+_PACKAGES = ("bco_fast", "torch", "transformers", "accelerate", "peft", "bitsandbytes")
+
+
+class RunRecorder(TrainerCallback):
+    """Writes them on the first process: the card whenever a model is saved, the rest also when an evaluation or training ends."""
+
+    def __init__(self, train: FeedbackDataset | None, held_out: FeedbackDataset | None):
+        self.record: dict = {"data": {"train": _describe(train), "held_out": _describe(held_out)}, "held_out": {}}
+        self.rows: tuple[Tensor, Tensor] | None = None
+        self.start: float | None = None
+        self.earlier_seconds = 0.0
+
+    def keep(self, columns: Tensor, labels: Tensor) -> None:
+        """The rows of an evaluation, until it ends.
+
+        Args:
+            columns: [items, sides, >= 6]: reward, logp, ..., and last the number of tokens.
+            labels: [items, sides] bool.
+        """
+        self.rows = columns, labels
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.start = time.perf_counter()
+        if state.global_step and (Path(args.output_dir) / "run.json").is_file():  # resumed: the time adds up
+            try:
+                self.earlier_seconds = float(json.loads((Path(args.output_dir) / "run.json").read_text())["seconds"])
+            except (OSError, ValueError, KeyError, TypeError):
+                self.earlier_seconds = 0.0
+        elif not state.global_step and state.is_world_process_zero:  # another run's rows would pass for this one's
+            (Path(args.output_dir) / "held_out.jsonl").unlink(missing_ok=True)
+        self._update(args, state, model)
+        self._write_record(args, state)
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        rows, self.rows = self.rows, None
+        numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
+        self.record["held_out"] = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        self.record["held_out"]["step"] = state.global_step
+        self._update(args, state, model)
+        self._write_record(args, state)
+        if rows is not None and state.is_world_process_zero:
+            _write_rows(Path(args.output_dir) / "held_out.jsonl", *rows, state.global_step)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self._update(args, state, model)
+        self._write_record(args, state)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._update(args, state, model)
+        self.start, self.earlier_seconds = None, self.record["seconds"]
+        self._write_record(args, state)
+
+    def write_card(self, folder: str | Path, args: FeedbackConfig, state: TrainerState, model: nn.Module) -> None:
+        """README.md of a folder with a model, in place of the one of PEFT, which knows less and names local paths.
+
+        For `save_model`, not `on_save`: a checkpoint's manifest holds the card's hash, so it is there before the commit.
+        """
+        self._update(args, state, model)
+        with atomic_text(Path(folder) / "README.md") as file:
+            file.write(model_card(self.record))
+
+    def _update(self, args: FeedbackConfig, state, model: nn.Module | None) -> None:
+        record = self.record
+        if model is not None and "model" not in record:
+            record |= _describe_model(model)
+        record |= {
+            "loss_type": args.loss_type,
+            "beta": args.beta,
+            "reference": args.objective.reference,
+            "data_kind": args.objective.data,
+            "devices": args.world_size,
+            "options": public_options(args),
+            "versions": _versions(),
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "epoch": state.epoch,
+            "peak_memory_mb": round(max(peak_memory_mb(), record.get("peak_memory_mb", 0.0)), 1),
+            "peak_memory_of": "GPU" if torch.cuda.is_available() else "process",
+        }
+        now = 0.0 if self.start is None else time.perf_counter() - self.start
+        record["seconds"] = round(self.earlier_seconds + now, 1)
+
+    def _write_record(self, args, state) -> None:
+        if state.is_world_process_zero:
+            with atomic_text(Path(args.output_dir) / "run.json") as file:
+                json.dump(self.record, file, indent=1)
+
+
+def _write_rows(path: Path, columns: Tensor, labels: Tensor, step: int) -> None:
+    columns, labels = columns.tolist(), labels.bool().tolist()
+    with atomic_text(path) as file:
+        for item, (sides, side_labels) in enumerate(zip(columns, labels, strict=True)):
+            for (reward, logp, *_, tokens), label in zip(sides, side_labels, strict=True):
+                row = {
+                    "step": step,
+                    "item": item,
+                    "label": label,
+                    "reward": reward,
+                    "logp": logp,
+                    "tokens": int(tokens),
+                }
+                file.write(json.dumps(row) + "\n")
+
+
+def _describe(dataset: FeedbackDataset | None) -> dict | None:
+    if dataset is None:
+        return None
+    up = sum(example.label for example in dataset.examples)
+    counts = {"rows": len(dataset), "up": up, "down": len(dataset.examples) - up, "pairs": dataset.paired}
+    return counts | {name: n for name, n in dataset.report.items() if name != "rows"}
+
+
+def _describe_model(model: nn.Module) -> dict:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "model": public(str(getattr(base.config, "_name_or_path", "") or "")),
+        "architecture": type(base).__name__,
+        "adapter": hasattr(model, "peft_config"),
+        "parameters": sum(n for n, _ in sizes),
+        "trained_parameters": sum(n for n, trained in sizes if trained),
+    }
+
+
+def public_options(args: FeedbackConfig) -> dict:
+    """Hyper-parameters of a configuration for others to read: those that matter always, the others if changed."""
+    options = {}
+    for field in dataclasses.fields(args):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        value = getattr(args, field.name)
+        if not field.init or _PRIVATE.search(field.name) or (value == default and field.name not in _ALWAYS):
+            continue
+        value = value.value if isinstance(value, Enum) else value
+        if isinstance(value, (str, int, float, bool, list, dict)) and value not in ("", [], {}):
+            options[field.name] = public(value)
+    if options.get("desirable_weight") == 1.0:
+        del options["desirable_weight"]
+    return options
+
+
+def public(value):
+    """The same value with every local path cut down to its last part, and what a nested key calls secret left out."""
+    if isinstance(value, dict):
+        return {str(k): public(v) for k, v in value.items() if not _PRIVATE.search(str(k))}
+    if isinstance(value, (list, tuple)):
+        return [public(part) for part in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return _LOCAL_PATH.sub(lambda match: PurePath(match.group().replace("\\", "/")).name, value)
+    return value if isinstance(value, (int, float, bool, type(None))) else str(type(value).__name__)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

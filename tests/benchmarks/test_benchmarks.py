@@ -1,0 +1,202 @@
+"""The benchmark programs stay alive, and the README quotes only what a result file holds."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def _suite(folder, *flags):
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--smoke", "--out", folder, *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads((folder / "gpu_suite.json").read_text()), run.stdout
+
+
+def _known(row):
+    """What may be missing on the CPU."""
+    return (
+        row["error"].startswith("missing: No module named")
+        or row["error"] == "NotImplementedError: F.linear_cross_entropy has no softcap"
+    )
+
+
+def test_the_gpu_suite_runs_small_on_the_cpu(tmp_path):
+    result, shown = _suite(tmp_path, "--only", "head")
+    assert result["environment"]["torch"]
+    failed = [r for r in result["rows"] if "error" in r]
+    assert all(_known(r) for r in failed), failed
+    assert all(r["case"] in shown and r["error"][:20] in shown for r in failed)
+    rows = [r for r in result["rows"] if "error" not in r]
+    assert {(r["mode"], r["case"]) for r in rows} >= {
+        (m, c) for m in ("forward", "trainable", "frozen") for c in ("plain", "torch")
+    }
+    assert all(r["logp_rms_error"] < 1e-5 and r["median_s"] > 0 for r in rows)
+    assert all(r["share_of_limit"] > 0 for r in rows)
+    ours = [r for r in rows if r["case"] == "torch"]
+    assert all(r.get("d_hidden_vs_plain", 0) < 1e-4 for r in ours)
+
+    unfinished = {**result["rows"][0], "part": "head, smoke softcap", "unfinished": True}
+    kept = [r for r in result["rows"] if r["part"] != unfinished["part"]]
+    (tmp_path / "gpu_suite.json").write_text(json.dumps({**result, "rows": [*kept, unfinished]}))
+    again, _ = _suite(tmp_path, "--only", "head")
+    assert again["rows"][: len(kept)] == kept  # not measured again
+    assert {r["case"] for r in again["rows"] if r["part"] == unfinished["part"]} >= {"plain", "torch"}
+    assert not any(r.get("unfinished") for r in again["rows"])
+
+
+def test_a_part_over_its_time_limit_is_a_row(tmp_path):
+    import argparse
+
+    import gpu_suite
+
+    options = argparse.Namespace(out=tmp_path, smoke=True)
+    (row,) = gpu_suite.run_part("head, smoke", 0.05, options)
+    assert row["unfinished"]
+    assert "limit" in row["error"]
+    (row,) = gpu_suite.run_part("no such part", 60, options)
+    assert "KeyError" in row["error"]
+
+
+@pytest.mark.slow
+def test_the_whole_suite_runs_small_on_the_cpu(tmp_path):
+    rows = _suite(tmp_path)[0]["rows"]
+    assert {"growth", "context"} <= {r["part"] for r in rows}
+    assert all("error" not in r or _known(r) for r in rows)
+    (context,) = [r for r in rows if r["part"] == "context"]
+    assert context["predicted_mb"] / 2 < context["extra_mb"] < context["predicted_mb"] * 1.3
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_under_pytest_benchmark(tmp_path):
+    options = ["-k", "Llama and frozen", "--benchmark-max-time=0.1", "--benchmark-min-rounds=1", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/", *options, f"--benchmark-json={tmp_path / 'out.json'}"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    measured = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert {m["extra_info"]["contender"] for m in measured} == {"bco_fast", "PyTorch"}
+    assert all(m["extra_info"]["share_of_limit"] > 0 for m in measured)
+
+
+def test_counted_parameters_are_those_of_the_published_models():
+    from counts import MODELS
+
+    published = {"Qwen2.5-0.5B": 494.0, "Llama-3.2-1B": 1235.8, "Llama-3-8B": 8030.3, "Qwen3-8B": 8190.7}
+    published |= {"Gemma-2-2B": 2614.3, "Gemma-2-9B": 9241.7, "Mistral-7B": 7248.0, "Llama-3.2-3B": 3212.7}
+    assert set(published) == set(MODELS)
+    for name, millions in published.items():
+        assert MODELS[name].parameters() / 1e6 == pytest.approx(millions, rel=1e-4), name
+
+
+def test_a_share_of_the_limit_is_work_over_time():
+    from counts import head_bytes, head_flops, share_of_limit, slope
+
+    limits = {"limit_gflops": 100.0, "limit_gb_s": 10.0}
+    assert head_flops("trainable", 10, 20, 30) == 3 * 2 * 10 * 20 * 30
+    assert head_bytes("frozen", 10, 20, 30, 4) == 4 * (2 * 10 * 20 + 20 * 30) + 12 * 10
+    assert share_of_limit(50e9, 1e9, 1.0, limits) == 0.5  # the matmul is what limits
+    assert share_of_limit(1e9, 8e9, 1.0, limits) == 0.8  # the memory is
+    assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_predicted_memory_is_near_the_measured_one():
+    """Within 1.3 of the longest context measured on the CPU, computed again from the row."""
+    from long_context import CPU_WORKSPACE, SHAPES, predicted_bytes
+
+    rows = json.loads((RESULTS / "long_context.json").read_text())["rows"]
+    measured = [r for r in rows if "predicted_mb" in r]
+    assert {r["lora"] for r in measured} == {True, False}
+    for row in measured:
+        parts = predicted_bytes(SHAPES[row["shape"]], row["longest"], lora=row["lora"], item=4, workspace=CPU_WORKSPACE)
+        assert sum(parts.values()) / 1e6 == pytest.approx(row["predicted_mb"], abs=0.1)
+        assert 1 / 1.3 < row["predicted_mb"] / row["peak_mb"] < 1.3, row["case"]
+    for row in rows:
+        assert row["predicted"] == row["case"].startswith("predicted: ")
+
+
+def _close(shown: str, stored: float) -> bool:
+    """The README's figure is the file's, rounded to the digits it shows."""
+    digits = len(shown.partition(".")[2])
+    return round(stored, digits) == float(shown)
+
+
+def test_every_figure_of_the_readme_has_its_row():
+    """A figure is marked `<!-- file; case; field -->` right behind it in the README's source."""
+    text = (ROOT / "README.md").read_text()
+    marked = re.findall(r"([\d.,]+)\s*[A-Za-z%]*\s*<!-- (\w+); ([^;]+); (\w+) -->", text)
+    assert len(marked) >= 8
+    for shown, name, case, field in marked:
+        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        (row,) = [r for r in rows if r["case"] == case.strip()]
+        assert _close(shown.replace(",", ""), row[field]), f"README says {shown}, {name} {case} {field} is {row[field]}"
+    table = text.partition("## Measured")[2].partition("\n## ")[0]
+    bare = re.sub(r"[\d.,]+\s*[A-Za-z%]*\s*<!-- \w+; [^;]+; \w+ -->", "", table)
+    rows_of_table = [line for line in bare.splitlines() if line.startswith("|")][2:]
+    assert rows_of_table
+    assert not re.search(r"\d", "".join(line.split("|", 2)[2] for line in rows_of_table)), "an unmarked figure"
+
+
+def test_the_figures_of_the_readme_can_be_refreshed():
+    import publish
+
+    text = (ROOT / "README.md").read_text()
+    stale = re.sub(r"\d(?=<!-- \w+; )", lambda digit: str(9 - int(digit[0])), text)
+    assert publish.refreshed(stale) == publish.refreshed(text) == text != stale
+
+
+def test_the_page_of_results_has_every_contender():
+    """The committed page is what the result files give; `python benchmarks/publish.py` makes it so."""
+    import publish
+    from contenders import CONTENDERS
+
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page == publish.tables()
+    for name in CONTENDERS:
+        assert f"| {name} |" in page
+    rows = json.loads((RESULTS / "head_peers.json").read_text())["rows"]
+    assert all(row["error"] in page for row in rows if "error" in row and row["part"] == "time")
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [*((name, "README.md") for name in ("memory", "time", "step")), ("growth", "docs/results.md")]
+)
+def test_every_point_of_a_chart_is_a_row(name, page):
+    """The committed drawing is what the result files give; `python benchmarks/publish.py` makes it so."""
+    import charts
+
+    drawn = (ROOT / "docs" / "charts" / f"{name}.svg").read_text()
+    assert drawn == charts.DRAWN[name]()
+    assert f"charts/{name}.svg" in (ROOT / page).read_text()
+    assert "prefers-color-scheme:dark" in drawn
+
+
+def test_a_figure_without_its_row_is_refused(monkeypatch, tmp_path):
+    import charts
+
+    for file in RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "head_peers.json"
+    result = json.loads(path.read_text())
+    row = next(
+        r for r in result["rows"] if r.get("processor_s") and r["contender"] == "bco_fast" and r["logits"] == "peaked"
+    )
+    row["processor_s"] *= 1.5
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(charts, "RESULTS", tmp_path)
+    assert charts.DRAWN["time"]() != (ROOT / "docs" / "charts" / "time.svg").read_text()
+
+
+def test_no_figure_of_the_pictures_goes_without_its_row():
+    section = (ROOT / "README.md").read_text().partition("## In pictures")[2].partition("\n## ")[0]
+    assert section
+    bare = re.sub(r"[\d.,]+\s*[A-Za-z%]*\s*<!-- \w+; [^;]+; \w+ -->", "", section)
+    assert not re.findall(r"\d[\d.,]*\s*(?:MB|GB|tokens/s|tokens|s|%|of it|times)\b", bare.replace("256k tokens", ""))

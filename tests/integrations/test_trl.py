@@ -1,0 +1,40 @@
+"""Our objectives inside TRL 1.16's KTOTrainer, in the environment that `make venv-peers` builds."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-peers-trl-1.16" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def results():
+    if not PYTHON.exists():
+        pytest.skip("make venv-peers builds the environment of TRL 1.16")
+    done = subprocess.run([PYTHON, ROOT / "tests" / "integrations" / "peers_integration.py"], capture_output=True, text=True, timeout=230, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_kto_is_trls_own(results):
+    kto = results["against trl"]
+    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(kto["losses"], kto["our_losses"], strict=True))
+    assert kto["apart"] < 1e-3 * kto["moved"]
+
+
+@pytest.mark.parametrize("objective", ["bco", "bce", "una_binary_mse", "una_binary_bce", "bnf", "bco precomputed", "bce precomputed"])  # fmt: skip
+def test_objectives_train_inside_trl(results, objective):
+    assert all(map(math.isfinite, results[objective]["losses"]))
+    assert results[objective]["moved"] > 0
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"} <= set(results[objective]["names"])
+
+
+def test_a_precomputed_reference_changes_nothing(results):
+    for objective in ("bco", "una_binary_mse"):
+        alive, stored = results[objective]["losses"], results[f"{objective} precomputed"]["losses"]
+        assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(alive, stored, strict=True))

@@ -1,0 +1,41 @@
+"""Small training runs that several tests share."""
+
+import tiny
+
+from bco_fast import FeedbackConfig, FeedbackTrainer
+
+TOKENIZER = tiny.build_tokenizer()
+
+
+def config(tmp_path, **options):
+    return FeedbackConfig(
+        **{
+            "output_dir": str(tmp_path / "out"),
+            "cache_dir": str(tmp_path / "cache"),
+            "max_length": 64,
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "lr_scheduler_type": "constant",
+        }
+        | options
+    )
+
+
+def trainer(tmp_path, rows=40, seed=0, **options):
+    return FeedbackTrainer(
+        tiny.model(seed=seed),
+        config(tmp_path, **options),
+        tiny.rows(rows),
+        tiny.rows(20, seed=5),
+        processing_class=TOKENIZER,
+    )
+
+
+def parameters(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
