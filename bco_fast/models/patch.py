@@ -51,9 +51,6 @@ class _LogpLinear(nn.Linear):
         call = self.bco_fast
         if call.targets is None:
             return super().forward(hidden)
-        order = call.options["vocab_order"]
-        if order is not None and order.device != hidden.device:
-            call.options["vocab_order"] = order.to(hidden.device)
         out = fused_linear_logps(
             hidden,
             self.weight,
@@ -144,7 +141,6 @@ def patch_model(
     backend: str = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
-    vocab_order: Tensor | None = None,  # [V]
     stats: HeadStats | None = None,
     verify: bool = True,
 ) -> nn.Module:
@@ -158,7 +154,7 @@ def patch_model(
 
     Args:
         model: a causal language model whose output embedding is a plain `nn.Linear`.
-        backend, workspace_bytes, sparse_tolerance, vocab_order, stats: of `fused_linear_logps`.
+        backend, workspace_bytes, sparse_tolerance, stats: of `fused_linear_logps`.
         verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
             logits which this library does not know.
 
@@ -179,7 +175,6 @@ def patch_model(
         "backend": backend,
         "workspace_bytes": workspace_bytes,
         "sparse_tolerance": sparse_tolerance,
-        "vocab_order": vocab_order,
         "stats": stats,
     }
     fresh = [linear for linear in linears if type(linear) is nn.Linear]

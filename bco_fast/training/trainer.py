@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import StratifiedSampler, TokenBudgetSampler, balancing_weights, mismatched, oversample
 from ..data.tokenize import load_feedback
-from ..head.linear_logps import HeadStats, frequency_order
+from ..head.types import HeadStats
 from ..losses.metrics import auc, unpaired_metrics, unpaired_sums
 from ..losses.output import LossOutput, reduction_weights, token_weights
 from ..losses.reward_shift import RewardShift
@@ -69,8 +68,10 @@ class _FeedbackState(TrainerCallback, ExportableState):
 
     def add_backward(self) -> None:
         """What the last backward of a sparse head said of itself; once."""
-        if self.sums is not None and self.head.rho is not None:
-            self.sums[3:6] += torch.tensor([self.head.rho, self.head.certified, 1.0], dtype=torch.float64).to(self.sums)
+        if self.sums is not None and self.head.kept_fraction is not None:
+            self.sums[3:6] += torch.tensor(
+                [self.head.kept_fraction, self.head.error_bound, 1.0], dtype=torch.float64
+            ).to(self.sums)
             self.head.clear()
 
     def take(self, device: torch.device) -> Tensor | None:
@@ -190,7 +191,6 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             backend=args.backend,
             workspace_bytes=args.workspace_bytes,
             sparse_tolerance=args.sparse_tolerance,
-            vocab_order=self._vocab_order(model, train_dataset, args),
             stats=self.feedback.head if args.sparse_tolerance else None,
         )
         if args.mlp_chunk_tokens is not None:
@@ -233,17 +233,6 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
                 f"{'as' if dataset.paired else 'without'} pairs: load_feedback(..., needs={self.objective.data!r})"
             )
         return dataset
-
-    @staticmethod
-    def _vocab_order(model: nn.Module, dataset: FeedbackDataset | None, args: FeedbackConfig) -> Tensor | None:
-        """Token ids by falling frequency in the completions of the training data."""
-        if args.vocab_order != "counts" or dataset is None or not args.sparse_tolerance:
-            return None
-        tokens = [example.input_ids[example.completion_start :] for example in dataset.examples]
-        weight = model.get_output_embeddings().weight
-        size = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty weight on each rank
-        counts = torch.bincount(torch.as_tensor(np.concatenate(tokens)).long(), minlength=size)
-        return frequency_order(counts[:size])
 
     @staticmethod
     def _class_weights(dataset: FeedbackDataset, args: FeedbackConfig) -> tuple[float, float]:

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bco_fast import FeedbackConfig, FeedbackTrainer, RewardShift, fused_bco_loss, fused_bnf_loss
+from bco_fast.head import dispatch
 from bco_fast.head.backends import torch as chunked
 from bco_fast.head.types import HeadNeed, HeadSaved, HeadSpec
 from bco_fast.losses import OBJECTIVES
@@ -21,21 +23,21 @@ def test_reading_a_number_would_raise():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
-def test_the_torch_backend(dtype, ordered):
+def test_the_torch_backend(dtype):
     n, v, d = 64, 500, 32
     hidden, weight, bias = (torch.empty(s, device="meta", dtype=dtype) for s in ((n, d), (v, d), (v,)))
     targets = torch.empty(n, dtype=torch.int64, device="meta")
-    order = torch.empty(v, dtype=torch.int64, device="meta") if ordered else None
-    for softcap, entropy, direction in itertools.product((None, 30.0), (False, True), (False, True)):
+    for softcap, entropy, frozen in itertools.product((None, 30.0), (False, True), (False, True)):
         spec = HeadSpec(1.0, softcap, 1.0)
         out = chunked.forward(
             hidden, weight, targets, bias, spec,
-            entropy=entropy, direction=direction, mass=not direction, order=order, workspace_bytes=60_000,
+            entropy=entropy, frozen=frozen, mass=not frozen, workspace_bytes=60_000,
         )  # fmt: skip
-        saved = HeadSaved(hidden, weight, targets, bias, out.logps, out.row_max, out.row_sum, out.entropy, out.row_peak)
+        saved = HeadSaved(
+            hidden, weight, targets, bias, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax
+        )
         grads = chunked.backward(
-            out.logps, out.entropy, saved, spec, need=HeadNeed(True, True, True), order=order, workspace_bytes=60_000
+            out.logps, out.entropy, saved, spec, need=HeadNeed(True, True, True), workspace_bytes=60_000
         )
         assert [g.dtype for g in grads] == [dtype] * 3
         assert all(g.is_meta for g in grads)
@@ -84,6 +86,42 @@ def test_the_trainers_loss(name, packed, tmp_path, monkeypatch):
     assert labels.is_meta
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+def test_the_operator_without_an_ignore_index(frozen, entropy):
+    """Every row counts, so none has to be found: no nonzero, no copy of the rows, no number read back."""
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    hidden, weight = (torch.empty(s, device="meta") for s in ((8, 16), (50, 16)))
+    targets, spec = torch.empty(8, dtype=torch.int64, device="meta"), HeadSpec()
+
+    def step(ignore_index):
+        keep = dispatch.kept(targets, ignore_index)
+        out = dispatch.forward(
+            "torch", hidden, weight, targets, None, keep, spec,
+            entropy=entropy, frozen=frozen, recompute=True, mass=False, workspace_bytes=1 << 20,
+        )  # fmt: skip
+        saved = HeadSaved(
+            hidden, weight, targets, None, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax
+        )
+        need = HeadNeed(True, not frozen, False)
+        return dispatch.backward(
+            "torch", out.logps, out.entropy, saved, keep, spec, need=need, workspace_bytes=1 << 20
+        )  # fmt: skip
+
+    with Watched():
+        assert step(None).hidden.is_meta
+    assert "mm" in seen
+    assert not seen & {"nonzero", "_local_scalar_dense", "index_select"}
+    with pytest.raises(NotImplementedError, match="nonzero"):  # with rows to find it must look at the targets
+        step(-100)
+
+
 def test_the_drop_ins():
     shift = RewardShift()
     hidden, weight = (torch.empty(s, device="meta", requires_grad=True) for s in ((4, 9, 16), (50, 16)))
@@ -92,7 +130,8 @@ def test_the_drop_ins():
         torch.empty(4, dtype=torch.bool, device="meta"),
     )
     refs = torch.empty(4, device="meta")
-    fused_bco_loss(hidden, weight, targets, labels, refs, delta=shift).loss.backward()
-    fused_bnf_loss(hidden, weight, targets, labels, torch.empty(4, 9, device="meta")).loss.backward()
+    fused_bco_loss(hidden, weight, targets, labels, refs, delta=shift, ignore_index=None).loss.backward()
+    token_refs = torch.empty(4, 9, device="meta")
+    fused_bnf_loss(hidden, weight, targets, labels, token_refs, ignore_index=None).loss.backward()
     assert hidden.grad.is_meta
     assert weight.grad.is_meta
