@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bco_fast import FeedbackConfig, FeedbackTrainer, RewardShift, fused_bco_loss, fused_bnf_loss
 from bco_fast.head import dispatch
 from bco_fast.head.backends import torch as chunked
-from bco_fast.head.types import HeadNeed, HeadSaved, HeadSpec
+from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
 from bco_fast.losses import OBJECTIVES
 from bco_fast.models.patch import HeadOutput
 
@@ -29,16 +29,10 @@ def test_the_torch_backend(dtype):
     targets = torch.empty(n, dtype=torch.int64, device="meta")
     for softcap, entropy, frozen in itertools.product((None, 30.0), (False, True), (False, True)):
         spec = HeadSpec(1.0, softcap, 1.0)
-        out = chunked.forward(
-            hidden, weight, targets, bias, spec,
-            entropy=entropy, frozen=frozen, mass=not frozen, workspace_bytes=60_000,
-        )  # fmt: skip
-        saved = HeadSaved(
-            hidden, weight, targets, bias, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax
-        )
-        grads = chunked.backward(
-            out.logps, out.entropy, saved, spec, need=HeadNeed(True, True, True), workspace_bytes=60_000
-        )
+        inputs = HeadInputs(hidden, weight, targets, bias, spec)
+        out = chunked.forward(inputs, HeadWant(entropy, frozen, mass=not frozen), 60_000)
+        saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax)
+        grads = chunked.backward(out.logps, out.entropy, saved, HeadNeed(True, True, True), 60_000)
         assert [g.dtype for g in grads] == [dtype] * 3
         assert all(g.is_meta for g in grads)
 
@@ -98,21 +92,15 @@ def test_the_operator_without_an_ignore_index(frozen, entropy):
 
     seen: set[str] = set()
     hidden, weight = (torch.empty(s, device="meta") for s in ((8, 16), (50, 16)))
-    targets, spec = torch.empty(8, dtype=torch.int64, device="meta"), HeadSpec()
+    targets = torch.empty(8, dtype=torch.int64, device="meta")
 
     def step(ignore_index):
-        keep = dispatch.kept(targets, ignore_index)
-        out = dispatch.forward(
-            "torch", hidden, weight, targets, None, keep, spec,
-            entropy=entropy, frozen=frozen, recompute=True, mass=False, workspace_bytes=1 << 20,
-        )  # fmt: skip
-        saved = HeadSaved(
-            hidden, weight, targets, None, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax
-        )
-        need = HeadNeed(True, not frozen, False)
+        keep, inputs = dispatch.kept(targets, ignore_index), HeadInputs(hidden, weight, targets, None, HeadSpec())
+        out = dispatch.forward("torch", inputs, keep, HeadWant(entropy, frozen), 1 << 20)
+        saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax)
         return dispatch.backward(
-            "torch", out.logps, out.entropy, saved, keep, spec, need=need, workspace_bytes=1 << 20
-        )  # fmt: skip
+            "torch", out.logps, out.entropy, saved, keep, HeadNeed(True, not frozen, False), 1 << 20
+        )
 
     with Watched():
         assert step(None).hidden.is_meta
