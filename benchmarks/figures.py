@@ -17,7 +17,7 @@ from charts import rows_of
 
 NUMBER = r"(\d+(?:,\d{3})*(?:\.\d+)?)"
 UNIT = r"(?:s|ms|[kKMG]i?B|tokens?|nats|percent|points?|seconds?|minutes?|hours?|h|x|times|of\s+(?:it|its|the|plain|TRL)\b)\b|[×%]"
-MEASUREMENT = re.compile(rf"(?<![\w.,^=§-])(?:\d+(?:,\d{{3}})*\.\d+|\d[\d,.]*k?(?=\s?(?:{UNIT})))")
+MEASUREMENT = re.compile(rf"(?<![\w.,^=§])(?<![\w^]-)(?:\d+(?:,\d{{3}})*\.\d+|\d[\d,.]*k?(?=\s?(?:{UNIT})))")
 """A number with a unit, or with a decimal point."""
 VERSION = re.compile(r"(?:TRL|PyTorch|Python|Triton|Transformers)(?: ≥)? \d[\d.]*\d|\d{4}\.\d{5}")
 """Of a package, or of a paper on arXiv."""
