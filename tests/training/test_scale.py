@@ -13,6 +13,7 @@ import torch
 import yaml
 from runs import TOKENIZER
 from runs import config as _config
+from runs import reward_error
 
 from bco_fast import FeedbackTrainer, RewardShift, bco_loss, patch_model
 from bco_fast.data.batch import collate
@@ -93,9 +94,10 @@ def worlds(tmp_path_factory):
 
 def test_fsdp2_on_two_ranks_is_one_process(worlds):
     (losses, delta, grads), (shard_losses, shard_delta, shard_grads) = worlds[1]["fsdp"], worlds[2]["fsdp"]
-    assert np.allclose(losses, shard_losses, rtol=1e-6)
-    assert delta != 0.0
-    assert math.isclose(delta, shard_delta, rel_tol=1e-6)
+    error = reward_error(logps=20)
+    assert np.allclose(losses, shard_losses, rtol=0, atol=error)
+    assert abs(delta) > 1000 * error
+    assert abs(delta - shard_delta) <= error
     for name, grad in grads.items():
         assert np.linalg.norm(shard_grads[name] - grad) <= 1e-5 * np.linalg.norm(grad), name
 
@@ -107,7 +109,7 @@ def test_evaluation_over_ranks_is_exact(worlds):
     assert alone["eval_rewards/auc"] == both["eval_rewards/auc"]
     assert alone.keys() == both.keys()
     for name, value in alone.items():
-        assert math.isclose(both[name], value, rel_tol=1e-5, abs_tol=1e-6), name
+        assert math.isclose(both[name], value, rel_tol=1e-5, abs_tol=reward_error(alone["eval_logps/chosen"])), name
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
