@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from heads import OPTIONS, Case, case, relative_error, run
@@ -347,9 +348,7 @@ def test_compiles_without_graph_breaks(always):
         assert torch.allclose(ours, eager, atol=1e-7)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _sparse_shard(rank, world):
     # One rank is sparse, the other finds that all cells are cheaper: they must still meet in one all-reduce.
     worth = 1.1 if rank == 0 else 0.0
     _ops.load_backend("torch").sparse_worth = lambda dtype: worth
@@ -362,16 +361,12 @@ def _rank(rank: int, folder: str) -> None:
         process_group=dist.group.WORLD,
     )  # fmt: skip
     (logps * made.upstream).sum().backward()
-    torch.save((weight.grad, hidden.grad, stats.rho, stats.certified), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return weight.grad, hidden.grad, stats.rho, stats.certified
 
 
 def test_shards_keep_the_bound_each_for_itself(tmp_path):
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     truth = run(_from_logits("peaked", 30, 1000, 1), "reference", torch.float64)
-    (first, d_hidden, rho, certified), (second, other, *dense) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
-    )
+    (first, d_hidden, rho, certified), (second, other, *dense) = ranks.run(_sparse_shard, 2, tmp_path)
     assert torch.equal(d_hidden, other)
     assert dense == [1.0, 0.0]
     assert rho < 0.9

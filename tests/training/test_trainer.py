@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER
+from runs import TOKENIZER, reward_error
 from runs import config as _config
 from runs import parameters as _parameters
-from runs import reward_error
 from runs import trainer as _trainer
 
 from bco_fast import FeedbackTrainer, bco_loss, sequence_logps

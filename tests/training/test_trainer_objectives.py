@@ -1,19 +1,15 @@
 """One trainer, one data path, every objective: its loss, its step, its balance, its ranks."""
 
-import gc
-import json
 import math
-import os
-import socket
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
-from runs import TOKENIZER
+from runs import TOKENIZER, reward_error
 from runs import config as _config
 from runs import parameters as _parameters
-from runs import reward_error
 
 from bco_fast import FeedbackTrainer, losses
 from bco_fast.data.batch import collate
@@ -295,9 +291,8 @@ RANKED = {
 }
 
 
-def _rank(rank, world, port, folder, results):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    torch.set_num_threads(1)
+def _ranked_runs(rank, world, folder):
+    results = {}
     for name, options in RANKED.items():
         trainer = _trainer(
             folder, name, rows=24, max_steps=3, per_device_train_batch_size=6 // world, gradient_accumulation_steps=2,
@@ -305,36 +300,21 @@ def _rank(rank, world, port, folder, results):
             ref_model=_elsewhere(name), **options,
         )  # fmt: skip
         trainer.train()
-        if rank == 0:
-            lines = [e for e in trainer.state.log_history if "loss" in e]
-            keep = ("loss", "delta", "kl", "rewards/margins", "rewards/accuracies", "logps/chosen")
-            results[name] = json.dumps(
-                {
-                    "lines": [{k: e[k] for k in keep if k in e} for e in lines],
-                    "sum": {n: float(p.double().sum()) for n, p in _parameters(trainer).items()},
-                    "moved": float(sum((p.detach() - q.detach()).abs().sum() for p, q in zip(trainer.model.parameters(), tiny.model().parameters(), strict=True))),
-                }
-            )  # fmt: skip
-        del trainer
-        gc.collect()  # DDP's reducer must go before its process group
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        lines = [e for e in trainer.state.log_history if "loss" in e]
+        keep = ("loss", "delta", "kl", "rewards/margins", "rewards/accuracies", "logps/chosen")
+        results[name] = {
+            "lines": [{k: e[k] for k in keep if k in e} for e in lines],
+            "sum": {n: float(p.double().sum()) for n, p in _parameters(trainer).items()},
+            "moved": float(sum((p.detach() - q.detach()).abs().sum() for p, q in zip(trainer.model.parameters(), tiny.model().parameters(), strict=True))),
+        }  # fmt: skip
+    return results
 
 
 def test_two_ranks_are_one_process(tmp_path):
     """Loss, δ, z_ref, metrics and parameters of three steps, to 1e-5: class sizes and z_ref are those of all ranks."""
-    results = {}
-    for world in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        with torch.multiprocessing.Manager() as manager:
-            values = manager.dict()
-            torch.multiprocessing.spawn(_rank, args=(world, port, tmp_path / str(world), values), nprocs=world)
-            results[world] = {name: json.loads(text) for name, text in values.items()}
-    assert set(results[2]) == set(RANKED)
-    for name, alone in results[1].items():
-        both = results[2][name]
+    two, _ = ranks.run(_ranked_runs, 2, tmp_path / "ranks", tmp_path / "2")
+    for name, alone in _ranked_runs(0, 1, tmp_path / "1").items():
+        both = two[name]
         assert alone["moved"] > 1e-3, name
         for a, b in zip(alone["lines"], both["lines"], strict=True):
             assert a.keys() == b.keys()
