@@ -180,8 +180,8 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     summaries = []
-    for _ in range(2):
-        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options)) == 0
+    for again in ({}, {"max-steps": 1}):
+        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options | again)) == 0
         summaries.append(json.loads(capfd.readouterr().out.strip().splitlines()[-1]))
     first, second = summaries
     assert first["rows"] + first["held_out_rows"] == 1610

@@ -336,7 +336,10 @@ def test_the_same_bits_fifty_times_over_many_tiles(backend, dtype):
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize(
     ("options", "fast_mode"),
-    [("everything", True), *(pytest.param(o, False, marks=pytest.mark.slow) for o in ("everything", "plain", "softcap"))],
+    [
+        ("everything", True),
+        *(pytest.param(o, False, marks=pytest.mark.slow) for o in ("everything", "plain", "softcap")),
+    ],
 )
 def test_gradcheck(backend, bias, entropy, options, fast_mode):
     """`fast_mode` checks a random projection of the Jacobian, not each of its entries."""

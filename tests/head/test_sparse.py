@@ -127,7 +127,7 @@ def test_the_same_bits_whatever_the_workspace_holds(backend, always):
     """Cells are chosen from the same masses; a row's and a tile's sums are added in one order."""
     made = case(50, 700, 24, spread=6.0, bias=True)
     first = run(made, backend, torch.float32, sparse_tolerance=0.02)
-    for _ in range(20):
+    for _ in range(20 if backend == "torch" else 5):
         again = run(made, backend, torch.float32, sparse_tolerance=0.02)
         assert all(torch.equal(first[name], again[name]) for name in first)
     small = run(made, backend, torch.float32, sparse_tolerance=0.02, workspace_bytes=300_000)
