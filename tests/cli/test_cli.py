@@ -176,7 +176,7 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     ).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     options = {
-        "data": DATA, "max_length": 192, "max-steps": 60, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
+        "data": DATA, "max_length": 192, "max-steps": 40, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     summaries = []
