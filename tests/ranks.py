@@ -25,9 +25,9 @@ def run(function, world, folder, *args):
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
-    torch.multiprocessing.start_processes(
-        _rank, (function, world, str(folder), dict(os.environ), args), nprocs=world, start_method="forkserver"
-    )
+    arguments = (function, world, str(folder), dict(os.environ), args)
+    # as daemons: ranks that hang until the test's time is up end with this process
+    torch.multiprocessing.start_processes(_rank, arguments, world, daemon=True, start_method="forkserver")
     results = []
     for rank in range(world):
         with open(folder / f"rank{rank}.pickle", "rb") as file:

@@ -55,7 +55,12 @@ def test_train_ends_with_one_line_of_json(model_dir, tmp_path, capfd):
     assert (again["cache_hits"], again["cache_computed"]) == (60, 0)
 
 
-@pytest.mark.parametrize("loss_type", list(OBJECTIVES))
+FIRST = {"bco", "kto", "bnf", "una_score", "una_reward", "dpo", "simpo"}  # of each kind of data and of loss
+
+
+@pytest.mark.parametrize(
+    "loss_type", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_every_objective_from_the_command_line(model_dir, tmp_path, capfd, loss_type):
     data = tiny.write(tmp_path / "other.jsonl", tiny.feedback_for(loss_type, 30))
     options = {"kto": {"desirable_weight": "auto"}, "bco": {"batch_composition": "stratified", "reduction": "class_mean"}, "dpo": {"beta": 0.2}}  # fmt: skip
