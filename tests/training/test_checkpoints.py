@@ -65,7 +65,7 @@ def _equal(a, b):
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """(folder of a run of 4 steps with all its checkpoints, its parameters)"""
     folder = tmp_path_factory.mktemp("finished")
