@@ -10,9 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from bco_fast import CacheError, ReferenceCache
+from bco_fast import CacheError, ReferenceCache, files
 from bco_fast.data.keys import row_key
-from bco_fast.reference import shards as _shards
 from bco_fast.reference.cache import MANIFEST, MANIFEST_LIMIT, ReferenceId
 from bco_fast.reference.key_index import KeyIndex
 
@@ -272,13 +271,13 @@ def test_who_settles_last_has_seen_every_shard(tmp_path, monkeypatch):
     ours, theirs = ReferenceCache(tmp_path, REFERENCE), ReferenceCache(tmp_path, REFERENCE)
     ours.write_shard(keys[:3], values[:3])
 
-    def commit(path, data):
+    def write_bytes(path, data):
         monkeypatch.undo()
         theirs.write_shard(keys[3:], values[3:])  # after we looked, before our manifest is there
         theirs.settle()
-        _shards.commit(path, data)
+        files.write_bytes(path, data)
 
-    monkeypatch.setattr("bco_fast.reference.cache.commit", commit)
+    monkeypatch.setattr(files, "write_bytes", write_bytes)
     ours.settle()
     manifest = json.loads((ours.folder / MANIFEST).read_text())
     assert len(manifest["shards"]) == 2
@@ -294,7 +293,7 @@ def test_a_healed_shard_is_taken_in(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened.refresh()  # once is enough
-        _shards.commit(path, good)
+        files.write_bytes(path, good)
         opened.refresh()
     assert not np.isnan(opened.sums(keys)).any()
 
@@ -387,18 +386,17 @@ def test_rows_that_share_half_a_key_are_kept_apart(tmp_path):
 
 def test_the_index_agrees_with_a_dictionary():
     rng = np.random.default_rng(0)
-    index, known = KeyIndex(), {}
+    index, known, added = KeyIndex(), {}, 0
+    assert index.find([b"a" * 16]).tolist() == [-1]
     for _ in range(60):
         rows = int(rng.integers(1, 40))
-        keys = rng.integers(0, 12, (rows, 2)).astype(np.uint64)  # many repeats, and many that share a half
-        keys = np.unique(keys, axis=0)
-        places, sums = rng.integers(0, 1 << 40, len(keys)), rng.normal(size=len(keys))
-        index.add([keys], [places], [sums])
-        for key, place, value in zip(keys, places, sums, strict=True):
-            known.setdefault(key.astype(">u8").tobytes(), (place, value))
-        wanted = [np.array([a, b], ">u8").tobytes() for a in range(13) for b in range(13)]
-        found, values = index.find(wanted)
-        assert [(p, v) for p, v in zip(found, values, strict=True) if p >= 0] == [
-            known[key] for key in wanted if key in known
-        ]
+        keys = [pair.tobytes() for pair in rng.integers(0, 12, (rows, 2))]  # many repeats; many share a half; zeros
+        index.add(b"".join(keys))
+        for number, key in enumerate(keys, added):
+            known.setdefault(key, number)
+        added += rows
+        wanted = [np.array([a, b]).tobytes() for a in range(13) for b in range(13)]
+        assert index.find(wanted).tolist() == [known.get(key, -1) for key in wanted]
         assert len(index) == len(known)
+    with pytest.raises(ValueError, match="16 bytes"):
+        index.find([b"short"])
