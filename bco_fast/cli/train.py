@@ -103,7 +103,7 @@ def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start
         "cache_rows": report.rows,
         "cache_hits": report.hits,
         "cache_computed": report.computed,
-        "delta": round(trainer._delta(), 4),
+        "delta": round(trainer.delta, 4),
         "held_out_rows": 0 if eval_dataset is None else len(eval_dataset),
         "held_out_margin": metrics.get("eval_rewards/margins"),
         "held_out_auc": metrics.get("eval_rewards/auc"),

@@ -38,12 +38,14 @@ def test_targets_are_the_completion_shifted():
     dataset.ref_logps = np.array([-3.0, -4.0])
     batch = collate([dataset[0], dataset[1]], pad_token_id=1)
     assert batch["input_ids"].shape == (2, 9)
+    cu = batch["cu_completions"].tolist()
     for row, example in enumerate(dataset.examples):
-        targets = batch["targets"][row]
-        asked = targets >= 0
-        assert targets[asked].tolist() == example.input_ids[6:].tolist()
-        assert asked.nonzero()[:, 0].tolist() == list(range(5, len(example) - 1))
+        asked = slice(*cu[row : row + 2])
+        assert batch["targets"][asked].tolist() == example.input_ids[6:].tolist()
+        assert batch["rows"][asked].tolist() == [9 * row + t for t in range(5, len(example) - 1)]
         assert batch["attention_mask"][row].sum() == len(example)
+    assert cu == [0, 3, 5]
+    assert batch["counts"].tolist() == [1, 1, 3]
     assert batch["input_ids"][1, 8] == 1
     assert batch["label"].tolist() == [True, False]
     assert batch["weight"].tolist() == [1.0, 0.5]
