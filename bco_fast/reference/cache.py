@@ -115,9 +115,7 @@ class ReferenceCache:
         root = Path(cache_dir).expanduser()
         self.folder = root / self.digest
         if not self.folder.resolve().is_relative_to(root.resolve()):
-            raise CacheError(
-                f"{self.folder} leads outside of the cache. Remove that link, or choose another cache_dir."
-            )
+            raise CacheError(f"{self.folder} leads outside of the cache. Remove that link or choose another cache_dir.")
         self._left_out: dict[str, _LeftOut] = {}
         self._listed: set[str] | None = None  # shards in the manifest, as far as we know
         self._forget()
@@ -163,9 +161,8 @@ class ReferenceCache:
         try:
             return next(shard.read([row]))
         except (BadShard, OSError) as error:
-            raise CacheError(
-                f"{shard.path}: {error}. Delete that file and run again: its rows will be recomputed."
-            ) from None
+            remedy = "Delete that file and run again: its rows will be recomputed."
+            raise CacheError(f"{shard.path}: {error}. {remedy}") from None
 
     def make_plan(self, keys: Sequence[bytes], *, rows_per_shard: int, tokens_per_batch: int) -> FillPlan:
         """The plan to fill these rows by, after writing it into the manifest.
@@ -229,9 +226,7 @@ class ReferenceCache:
             CacheError: a value is not finite, or the file cannot be written. Nothing has changed then.
         """
         if not 0 < len(keys) <= MAX_ROWS or len(keys) != len(token_logps):
-            raise ValueError(
-                f"a shard has 1 to {MAX_ROWS} rows and a key for each, not {len(token_logps)} and {len(keys)}"
-            )
+            raise ValueError(f"a shard has 1 to {MAX_ROWS} rows and a key each, not {len(token_logps)} and {len(keys)}")
         values = [np.asarray(row, dtype=np.float32) for row in token_logps]
         for key, row in zip(keys, values, strict=True):
             if len(key) != KEY_BYTES or row.ndim != 1 or len(row) > MAX_ROW_TOKENS:
@@ -259,9 +254,7 @@ class ReferenceCache:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise CacheError(
-                f"cannot read the reference cache {self.folder}: {error}. Choose another cache_dir."
-            ) from None
+            raise CacheError(f"cannot read the cache {self.folder}: {error}. Choose another cache_dir.") from None
         new = []
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:

@@ -1,5 +1,6 @@
 """The reference cache: found by content, committed whole or not at all, never trusted further than its hash."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -107,6 +108,22 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path):
     assert len(path.read_bytes()) % 4 == 0
     with safe_open(path, framework="numpy") as file:
         assert file.metadata()["reference"] == REFERENCE.digest
+
+
+def test_the_format_on_disk_has_not_changed(tmp_path):
+    """The bytes of a small cache, as the first version with this schema wrote them: both read each other's files."""
+    keys = [bytes([i]) * 16 for i in range(5)]
+    values = {key: -np.arange(1, 2 + i, dtype=np.float32) / 4 for i, key in enumerate(keys)}
+    cache = ReferenceCache(tmp_path, REFERENCE)
+    cache.make_plan(keys, rows_per_shard=3, tokens_per_batch=64)
+    cache.build(keys, lambda some: [values[key] for key in some], rows_per_shard=3)
+    cache.settle()
+    assert cache.folder.name == "c5bf656f995422eaa3489c1e83fa70a6"
+    assert {name: hashlib.sha256(data).hexdigest()[:32] for name, data in _content(cache.folder).items()} == {
+        "manifest.json": "31face57358914b2307710dcc1bda988",
+        "shard-3094568abbfe772d70e20d7459669157d9c9949935c60e79971a38a8631e69c4.safetensors": "856727524205c27c654a59e05618b787",
+        "shard-35398cb92fc490cd2a61aae66afbd10a9f59f5f2b12411f86165319348444695.safetensors": "ca83035b03dd3c60e318e5da8417c993",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["flip the index", "truncate", "append", "empty"])
