@@ -1,13 +1,13 @@
 """Checkpoints that are whole or are not used.
 
-    checkpoint-12/manifest.json    {"schema": 2, "files": {"scheduler.pt": {"bytes": 4242, "sha256": "..."}, ...}}
+    checkpoint-12/manifest.json    {"schema": 2, "files": {"model.safetensors": {"bytes": 4242, "crc32": "..."}, ...}}
     checkpoint-12/.incomplete      until the manifest is there
 
 The manifest is written last, when every file is on the disk: it commits the checkpoint. A folder with the mark and
 without a manifest was cut short; a folder with neither was saved by another Trainer and cannot be verified.
 
-A large file of `torch.save` has no "sha256" in the manifest: its records carry CRC-32 sums already. The other files are
-hashed while the disk is flushed. So a save waits for the disk, and hardly for the hashes.
+A large file of `torch.save` has no "crc32" in the manifest: its records carry CRC-32 sums already. The other files are
+summed while the disk is flushed. So a save waits for the disk, and hardly for the sums.
 
 The stock Trainer skips a missing optimizer, scheduler or random state silently, takes the folder with the highest number
 whatever is in it, and may delete the last whole checkpoint before the next one is whole.
@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -33,11 +34,11 @@ from transformers.trainer_pt_utils import safe_globals
 
 from .. import files
 
-SCHEMA = 2  # 1 had a hash of every file; it is still read
+SCHEMA = 2  # 1 had the SHA-256 of every file; it is still read
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
 MANIFEST_LIMIT = 16 << 20  # bytes; about 150,000 files
-HASHED_SIZE = 1 << 20  # bytes up to which archives are hashed too
+ARCHIVE_SIZE = 1 << 20  # bytes; archives up to this size are summed like other files
 _THREADS = min(8, os.cpu_count() or 1)
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
@@ -173,17 +174,21 @@ def _files(folder: Path) -> list[str]:
 
 def _describe(path: Path) -> dict:
     size = path.stat().st_size
-    if size > HASHED_SIZE and torch.serialization.get_crc32_options() and zipfile.is_zipfile(path):
+    if size > ARCHIVE_SIZE and torch.serialization.get_crc32_options() and zipfile.is_zipfile(path):
         return {"bytes": size}
-    return {"bytes": size, "sha256": _sha256(path)}
+    return {"bytes": size, "crc32": _checksum(path, "crc32")}
 
 
-def _sha256(path: Path) -> str:
-    content = hashlib.sha256()
+def _checksum(path: Path, kind: str) -> str:
+    """In hexadecimal. CRC-32 is twice as fast as SHA-256 and enough against accidents; schema 1 had SHA-256."""
+    sha256, crc32 = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
-            content.update(piece)
-    return content.hexdigest()
+            if kind == "crc32":
+                crc32 = zlib.crc32(piece, crc32)
+            else:
+                sha256.update(piece)
+    return f"{crc32:08x}" if kind == "crc32" else sha256.hexdigest()
 
 
 # ---- reading
@@ -227,7 +232,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _parse(path: Path, name: str, verified: bool) -> None:
-    """Raise if the Trainer could not read a file. A hash vouches for tensors, but not for what a pickle asks for."""
+    """Raise if the Trainer could not read a file. A checksum vouches for tensors, but not for what a pickle asks for."""
     if name == "trainer_state.json":
         if not isinstance(json.loads(path.read_bytes())["global_step"], int):
             raise ValueError("it has no step")
@@ -271,8 +276,8 @@ def _read_manifest(path: Path) -> dict[str, dict]:
             place = PurePosixPath(name)
             if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name:
                 raise ValueError(f"{name!r} is outside the checkpoint")
-            if not (isinstance(file["bytes"], int) and isinstance(file.get("sha256", ""), str)):
-                raise ValueError(f"{name!r} has no size or hash")
+            if not isinstance(file["bytes"], int):
+                raise ValueError(f"{name!r} has no size")
         return manifest["files"]
 
 
@@ -289,13 +294,14 @@ def _compare(folder: Path, described: dict[str, dict]) -> list[str]:
             raise _Damage(f"{name} does not belong to it: it is not in {MANIFEST}")
 
     def check(name: str) -> None:
-        if "sha256" not in described[name]:
+        kind = next((kind for kind in ("crc32", "sha256") if kind in described[name]), None)
+        if kind is None:
             with _reading(folder / name):
                 _read_archive(folder / name, checksums=True)
-        elif _sha256(folder / name) != described[name]["sha256"]:
-            raise _Damage(f"{name} was altered: its hash is not that in {MANIFEST}")
+        elif _checksum(folder / name, kind) != described[name][kind]:
+            raise _Damage(f"{name} was altered: its {kind} is not that in {MANIFEST}")
 
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter lock
+    with ThreadPoolExecutor(_THREADS) as pool:  # summing releases the interpreter lock
         list(pool.map(check, described))
     return list(described)
 

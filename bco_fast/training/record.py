@@ -92,7 +92,7 @@ class RunRecorder(TrainerCallback):
     def write_card(self, folder: str | Path, args: FeedbackConfig, state: TrainerState, model: nn.Module) -> None:
         """Write README.md beside a model. It replaces PEFT's, which knows less and contains local paths.
 
-        `save_model` calls it, not `on_save`, because the manifest of a checkpoint holds the card's hash.
+        `save_model` calls it, not `on_save`, because the manifest of a checkpoint holds the card's checksum.
         """
         self._update(args, state, model)
         with atomic_text(Path(folder) / "README.md") as file:
