@@ -169,6 +169,7 @@ def test_train_help_lists_options_with_their_meaning():
         assert text in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_file(), reason="the file of real feedback is not here")
 def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     """1,610 judged completions: the reference is computed once, and the held-out margin rises above the untrained
