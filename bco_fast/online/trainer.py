@@ -27,6 +27,7 @@ from transformers import Trainer
 from ..data.batch import collate
 from ..data.chat import Message
 from ..data.dataset import Example, FeedbackDataset
+from ..data.prompts import Prompt, is_chat, prompt_ids, read_prompts
 from ..data.samplers import mismatched
 from ..files import atomic_text
 from ..models.patch import patch_model
@@ -34,7 +35,6 @@ from ..reference.fill import token_logps
 from ..training.trainer import FeedbackTrainer
 from .config import OnlineConfig
 from .generators import Generator, HuggingFaceGenerator, VllmGenerator
-from .prompts import Prompt, is_chat, prompt_ids, read_prompts
 from .rewards import RewardError, score
 
 logger = logging.getLogger("bco_fast")
