@@ -69,7 +69,7 @@ def _load(path: str) -> dict[str, object]:
     if len(text) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES} bytes, not a configuration")
     try:
-        # of a key given twice, safe_load alone would keep the last without a word
+        # safe_load alone silently keeps the last value of a key that is given twice
         node, options = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except RecursionError:
         raise ValueError("nested too deeply, not a configuration") from None

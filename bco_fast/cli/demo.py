@@ -113,7 +113,7 @@ def fine_tune(
     model.train()
     for batch in tqdm(loader, desc="fine-tune"):
         logps = completion_logps(model, batch)
-        loss = -sequence_logps(logps, mask=batch["targets"] >= 0, reduction="mean").mean()
+        loss = -sequence_logps(logps, cu_seqlens=batch["cu_completions"], reduction="mean").mean()
         loss.backward()
         optimizer.step()
         schedule.step()

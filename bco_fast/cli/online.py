@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
+from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
 
 
 def online(arguments: list[str]) -> dict:
@@ -18,7 +19,7 @@ def online(arguments: list[str]) -> dict:
     from ..training.checkpoints import CheckpointError
 
     own = common.Parser(add_help=False)
-    common.add_run_options(own)
+    add_run_options(own)
     own.add_argument(
         "--prompts",
         metavar="FILE",
@@ -37,8 +38,8 @@ def online(arguments: list[str]) -> dict:
         help="held-out prompts, sampled after training and at --eval_steps; default: none",
     )
     about = "Align a language model on its own completions, judged by a reward (UNA's online setting)."
-    options, config = common.parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
-    config.resume_from_checkpoint = common.checkpoint_to_resume(config)
+    options, config = parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
+    config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_output_dir(config.output_dir)
     with common.usage_errors(CheckpointError, ValueError, TypeError, ImportError):
         prompts = read_prompts(options.prompts)
@@ -53,7 +54,7 @@ def online(arguments: list[str]) -> dict:
     trainer.save_model(config.output_dir)
     trainer.save_state()
     rounds = [entry for entry in trainer.state.log_history if "round" in entry]
-    return common.run_summary(trainer, start) | {
+    return run_summary(trainer, start) | {
         "rounds": len(rounds),
         "reward_first": rounds[0]["reward"],
         "reward_last": rounds[-1]["reward"],

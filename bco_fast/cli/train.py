@@ -6,14 +6,15 @@ import time
 from pathlib import Path
 
 from . import common
+from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
 
 
 def parse(arguments: list[str]):
-    """-> (namespace of the options that are no field of `FeedbackConfig`, FeedbackConfig)."""
+    """-> (namespace of the options that are not fields of `FeedbackConfig`, FeedbackConfig)."""
     from ..training.config import FeedbackConfig
 
     own = common.Parser(add_help=False)
-    common.add_run_options(own)
+    add_run_options(own)
     own.add_argument(
         "--data",
         metavar="FILE",
@@ -28,7 +29,7 @@ def parse(arguments: list[str]):
         help="share of the prompts of --data that is held out when --eval_data is not given; 0 for none",
     )
     about = "Align a language model from thumbs up and down."
-    return common.parse_run("train", about, own, ("model", "data"), FeedbackConfig, arguments)
+    return parse_run("train", about, own, ("model", "data"), FeedbackConfig, arguments)
 
 
 def train(arguments: list[str]) -> dict:
@@ -43,7 +44,7 @@ def train(arguments: list[str]) -> dict:
     for flag, path in (("--data", options.data), ("--eval_data", options.eval_data)):
         if path is not None and not is_hub_name(path) and not Path(path).is_file():
             raise common.UsageError(f"{flag} {path}: no such file")
-    config.resume_from_checkpoint = common.checkpoint_to_resume(config)
+    config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_output_dir(config.output_dir)
     reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale")}
     limits = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "on_bad_row")}
@@ -76,12 +77,12 @@ def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start
     trainer.save_model(config.output_dir)
     trainer.save_state()
     report = trainer.reference_report
-    return common.run_summary(trainer, start) | {
+    return run_summary(trainer, start) | {
         "rows": len(train_dataset),
         "cache_rows": report.rows,
         "cache_hits": report.hits,
         "cache_computed": report.computed,
-        "delta": round(trainer._delta(), 4),
+        "delta": round(trainer.delta, 4),
         "held_out_rows": 0 if eval_dataset is None else len(eval_dataset),
         "held_out_margin": metrics.get("eval_rewards/margins"),
         "held_out_auc": metrics.get("eval_rewards/auc"),

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_text
-from .rows import BadRows, as_text
+from .rows import BadRows, as_text, weight_of
 from .sources import FeedbackError, RowError, as_number, as_record, is_hub_name, open_source, shortened
 
 logger = logging.getLogger("bco_fast")
@@ -191,11 +191,7 @@ def _pair(prompt, chosen: str, rejected: str) -> dict:
 
 
 def _with_weight(record: Mapping, row: dict) -> dict:
-    if record.get("weight") is None:
-        return row
-    if (weight := _number(record, "weight")) < 0:
-        raise RowError(f"weight must be >= 0, not {weight:g}")
-    return {**row, "weight": weight}
+    return row if record.get("weight") is None else {**row, "weight": weight_of(record)}
 
 
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")

@@ -228,7 +228,7 @@ def match_file(
 
     Raises:
         FeedbackError: a bad row; one class only; too few prompts; a state or embedder that does not fit.
-        ValueError: bounds out of order, settings beside a state, no embedder, or output is data.
+        ValueError: bounds out of order, settings given with a state, no embedder, or output equal to data.
     """
     data, output = Path(data), Path(output)
     if not data.is_file():

@@ -220,9 +220,9 @@ def as_text(value, name: str, expected: str = "a string") -> str:
 
 
 def _text(value, name: str) -> str:
-    if name != "prompt" and (value is None or (isinstance(value, str) and not value.strip())):
+    if not as_text(value, name, "a string or a list of messages").strip() and name != "prompt":
         raise RowError(f"{name} is empty")
-    return as_text(value, name, "a string or a list of messages")
+    return value
 
 
 def _strings(record: Mapping, names: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -78,7 +78,7 @@ class _Encoder:
             yield prompt_ids[row.prompt], [[*side, self.eos] if side else side for side in sides]
 
     def warn(self) -> None:
-        """Log what is no reason to refuse a row, but worth knowing."""
+        """Log what is worth knowing but no reason to refuse a row."""
         if self.control_texts:
             logger.warning(
                 "%d completions contain special tokens as text, and the tokenizer reads them as special tokens; in chat "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def pad_or_eos(tokenizer) -> int | None:
-    """The padding token, or EOS where there is none. Padding is masked, so any id will do."""
+    """The padding token, or EOS where there is none. Padding is masked, so its id does not matter."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

@@ -187,27 +187,22 @@ def write_completions(
     """
     check_format(prompts, form)
     now = time.time() if now is None else now
-    pairs = zip(prompts, completions, strict=True)
+
+    def row(prompt: Mapping, completion: Completion) -> dict:
+        if form == "arena_hard":
+            return _arena_hard(id_of(prompt), completion, generator, now)
+        if form == "alpaca_eval":
+            own = {"generator": generator, "dataset": prompt.get("dataset", dataset)}
+            return {"instruction": prompt["prompt"], "output": completion.text, **own}
+        columns = {name: value for name, value in prompt.items() if name not in ("prompt", *ANSWERS)}
+        return {"prompt": prompt["prompt"], "completion": completion.text, **columns}
+
+    rows = [row(*pair) for pair in zip(prompts, completions, strict=True)]
     with atomic_text(path) as file:
         if form == "alpaca_eval":
-            rows = [
-                {
-                    "instruction": prompt["prompt"],
-                    "output": completion.text,
-                    "generator": generator,
-                    "dataset": prompt.get("dataset", dataset),
-                }
-                for prompt, completion in pairs
-            ]
             file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-            return
-        for prompt, completion in pairs:
-            if form == "arena_hard":
-                row = _arena_hard(id_of(prompt), completion, generator, now)
-            else:
-                columns = {name: value for name, value in prompt.items() if name not in ANSWERS}
-                row = {"prompt": columns.pop("prompt"), "completion": completion.text, **columns}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def check_format(prompts: Sequence[Mapping], form: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..data.prompts import id_of, is_chat, prompt_of
+from ..data.prompts import Prompt, id_of, is_chat, prompt_of
 from ..data.sources import RowError, as_record, open_source, shortened
 from ..online.rewards import Reward, RewardError, score
 
@@ -32,7 +32,7 @@ class JudgeError(ValueError):
 @dataclass(frozen=True)
 class Answer:
     completion: str
-    prompt: str | None
+    prompt: Prompt | None
     id: str | int | None
     where: str
     columns: dict = field(default_factory=dict)
@@ -96,10 +96,7 @@ def read_answers(path: str | os.PathLike) -> list[Answer]:
         try:
             record = as_record(record)
             columns = {name: value for name, value in record.items() if name not in OWN}
-            completion, (_, prompt) = _completion_of(record), prompt_of(record)
-            if prompt is not None and is_chat(prompt):
-                raise RowError("the prompt must be text, not chat messages")
-            answers.append(Answer(completion, prompt, id_of(record), where, columns))
+            answers.append(Answer(_completion_of(record), prompt_of(record)[1], id_of(record), where, columns))
         except RowError as error:
             raise JudgeError(f"{where}: {error}") from None
     if not answers:
@@ -144,6 +141,8 @@ def match(a: Sequence[Answer], b: Sequence[Answer], prompts: dict | None = None)
         found = next((text for text in texts if text is not None), None)
         if found is None:
             raise JudgeError(f"{answers[0].where} has no prompt; --prompts FILE gives the prompts of question_ids")
+        if is_chat(found):
+            raise JudgeError(f"{answers[0].where}: the prompt must be text, not chat messages")
         return found
 
     key = (lambda answer: answer.id) if all(answer.id is not None for answer in (*a, *b)) else text

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import nn
 
 from ..data.batch import collate
 from ..data.dataset import Example, Item
+from ..data.samplers import token_batches
 from ..files import atomic_path, atomic_text
 
 SERIES = {"logp": "log-likelihood", "logit": "logit of the token", "mean_logit": "mean logit"}
@@ -75,13 +76,17 @@ def token_values(
     training = model.training
     model.eval()
     try:
-        for chosen in _batches(examples, tokens_per_batch):
+        lengths = list(map(len, examples))
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])  # longest first: a lack of memory shows at once
+        for chosen in token_batches(lengths, order, tokens_per_batch):
             batch = collate([Item(examples[i]) for i in chosen], pad_token_id)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits  # [B, T, V]
-            for row, i in enumerate(chosen):
-                where = batch["targets"][row] >= 0
-                values[i] = _of_row(logits[row], where, batch["targets"][row], vocabulary)
+            logits = logits.flatten(0, 1)
+            cuts = batch["cu_completions"][1:-1].long()
+            parts = zip(chosen, batch["rows"].tensor_split(cuts), batch["targets"].tensor_split(cuts), strict=True)
+            for i, rows, targets in parts:
+                values[i] = _completion_values(logits, rows, targets, vocabulary)
                 if not np.isfinite(values[i]).all():
                     raise ShiftError(f"example {i}: a log-likelihood or logit of {type(model).__name__} is not finite")
             del logits
@@ -90,26 +95,13 @@ def token_values(
     return TokenValues(*np.concatenate(values, axis=1))
 
 
-def _of_row(logits, where, targets, vocabulary: int | None) -> np.ndarray:  # [3, completion tokens] float64
-    positions = where.nonzero()[:, 0]
+def _completion_values(logits, rows, targets, vocabulary: int | None) -> np.ndarray:  # [3, completion tokens] float64
     parts = []
-    for some in positions.split(ROWS):
+    for some, tokens in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
         z = logits[some.to(logits.device)].float()  # [ROWS, V]
-        own = z.gather(-1, targets[some].to(z.device)[:, None])[:, 0].double()
+        own = z.gather(-1, tokens.to(z.device)[:, None])[:, 0].double()
         parts.append(torch.stack([own - z.logsumexp(-1).double(), own, z[:, :vocabulary].double().mean(-1)]).cpu())
     return torch.cat(parts, dim=1).numpy()
-
-
-def _batches(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of similar lengths, longest first: a lack of memory shows at once."""
-    batch: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i])):
-        if batch and (len(batch) + 1) * len(examples[batch[0]]) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def gini(values: np.ndarray) -> float:

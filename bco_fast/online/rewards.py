@@ -202,14 +202,13 @@ class SequenceReward:
 
     def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Right-padded: [B, T] int64."""
-        width = max(1, max(len(text["input_ids"]) for text in texts))
-        batch = {
-            name: torch.tensor([t[name] + [fill] * (width - len(t[name])) for t in texts])
-            for name, fill in (("input_ids", self._pad), ("token_type_ids", 0))
-            if name in texts[0]
+        rows = [{**text, "attention_mask": [1] * len(text["input_ids"])} for text in texts]
+        fills = {"input_ids": self._pad, "token_type_ids": 0, "attention_mask": 0}
+        width = max(1, max(len(row["input_ids"]) for row in rows))
+        return {
+            name: torch.tensor([row[name] + [fills[name]] * (width - len(row[name])) for row in rows])
+            for name in rows[0]
         }
-        lengths = torch.tensor([len(t["input_ids"]) for t in texts])
-        return batch | {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 
 def _messages(role: str, said: str | list) -> list:

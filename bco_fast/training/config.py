@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import TrainingArguments
@@ -155,6 +155,7 @@ class FeedbackConfig(TrainingArguments):
         self._check_fit()
         self._leave_the_head_to_us()
         self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False  # it reads the loss of every micro-batch; the trainer logs its own
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the rows follows torch's seed of the moment, also on resume
         if not torch.accelerator.is_available():
@@ -198,18 +199,14 @@ class FeedbackConfig(TrainingArguments):
         """Options that the objective would ignore are refused: somebody meant something by them."""
         ours = type(self).__dataclass_fields__
         unpaired = ("reduction", "desirable_weight", "undesirable_weight", "oversample", "batch_composition", "pairing_ratio")  # fmt: skip
+        objective = OBJECTIVES[self.loss_type]
         useless = {
-            "pairs": [] if self.objective.data != "pairs" else unpaired,
-            "shift": [] if self.objective.shift else ("shift_mode",),
-            "tokens": [] if self.loss_type != "sft" else ("reduction",),
-            "lengths": [] if self.loss_type == "ipo" else ("length_normalized",),
-            "scores": [] if self.objective.data == "labels" else ("pairing_ratio",),
-            "own": [
-                name
-                for objective in OBJECTIVES.values()
-                for name in objective.options
-                if name not in self.objective.options
-            ],
+            "pairs": unpaired if objective.paired else [],
+            "shift": [] if objective.shift else ("shift_mode",),
+            "tokens": ("reduction",) if objective.mean_over_tokens else [],
+            "lengths": [] if objective.lengths is None else ("length_normalized",),
+            "scores": [] if objective.data == "labels" else ("pairing_ratio",),
+            "own": [name for other in OBJECTIVES.values() for name in other.options if name not in objective.options],
         }
         for name in (name for names in useless.values() for name in names):
             value, default = getattr(self, name), ours[name].default
@@ -229,7 +226,14 @@ class FeedbackConfig(TrainingArguments):
 
     @property
     def objective(self) -> Objective:
-        return OBJECTIVES[self.loss_type]
+        objective = OBJECTIVES[self.loss_type]
+        return replace(objective, lengths=self.length_normalized) if objective.lengths is None else objective
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """beta and the objective's own hyper-parameters, by keyword of its loss."""
+        beta = {} if self.beta is None else {"beta": self.beta}
+        return beta | {keyword: getattr(self, name) for name, keyword in self.objective.options.items()}
 
     def new_shift(self) -> RewardShift:
         mode = self.shift_mode or self.objective.shift or "fixed"

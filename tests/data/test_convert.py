@@ -309,7 +309,7 @@ def test_likert_ratings_and_weights():
     ]
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0.5}
     assert [row["weight"] for row in convert([pair], "pairs", "binary")] == [0.5, 0.5]
-    with pytest.raises(ValueError, match="row 0: weight must be >= 0"):
+    with pytest.raises(ValueError, match="row 0: weight must be a number >= 0"):
         list(convert([{**pair, "weight": -1}], "pairs", "pairs"))
 
 

@@ -131,6 +131,8 @@ def test_chat_templates(caplog):
     chat = tokenizer("for pack two :")["input_ids"]
     assert encode_prompts(tokenizer, ["pack two"]) == encode_prompts(tokenizer, ["pack two"], chat="on") == [chat]
     assert encode_prompts(tokenizer, ["pack two"], chat="off") == [plain]
+    messages = [{"role": "user", "content": "pack two"}]
+    assert encode_prompts(tokenizer, [messages]) == encode_prompts(tokenizer, [{"prompt": messages}]) == [chat]
     assert encode_prompts(tokenizer, ["pack two"], max_length=3) == [chat[-3:]]
     assert "1 of 1 prompts lost their beginning, down to 3 tokens" in caplog.text
 
@@ -158,7 +160,12 @@ def test_published_formats(tmp_path):
     for bad in ([{"prompt": "Why?"}, prompts[1]], [prompts[0], prompts[0]]):
         with pytest.raises(GenerationError, match=r"\('Why\?'\) has .*question_id"):
             write_completions(tmp_path / "none", bad, completions, "arena_hard", generator="mine")
+    chat = [{"prompt": [{"role": "user", "content": "Why?"}]}]
+    with pytest.raises(GenerationError, match="not chat messages"):
+        write_completions(tmp_path / "none", chat, completions[:1], "alpaca_eval", generator="mine")
     assert not (tmp_path / "none").exists()
+    write_completions(paths["jsonl"], chat, completions[:1], "jsonl", generator="mine")
+    assert json.loads(paths["jsonl"].read_text()) == {**chat[0], "completion": "Because\u2028é."}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +180,8 @@ def test_published_formats(tmp_path):
             {"prompt": "Why?", "completion": "x", "label": True, "n": 1},
         ),
         ('{"question_id": "a", "turns": [{"content": "Why?"}]}', {"prompt": "Why?", "question_id": "a"}),
+        ('["Why?"]', {"prompt": "Why?"}),
+        ('[[{"role": "user", "content": "Why?"}]]', {"prompt": [{"role": "user", "content": "Why?"}]}),
         ('{"uid": 7, "prompt": "Why?"}', {"prompt": "Why?", "uid": 7}),
     ],
 )

@@ -16,10 +16,10 @@ from bco_fast import FeedbackError, load_feedback
 from bco_fast.cli import demo
 from bco_fast.data.prompts import read_prompts
 from bco_fast.data.rows import read_rows
-from bco_fast.online import trainer as online
 from bco_fast.online.config import OnlineConfig
 from bco_fast.online.generators import HuggingFaceGenerator
 from bco_fast.online.rewards import RewardError
+from bco_fast.online.rounds import Sampled, read_round, write_round
 from bco_fast.online.trainer import OnlineFeedbackTrainer
 
 PROMPTS = demo.all_prompts()[:40]
@@ -145,14 +145,9 @@ def test_resume_samples_nothing_again_and_ends_bitwise_alike(tmp_path, step):
 
 def test_a_round_keeps_every_character(tmp_path):
     """U+2028 ends a line for Python's splitlines, not for JSON."""
-    row = online._Sampled("a\u2028b", {"source": "\x85"}, [3], [4, 0], "c\u2029\nd", 0.5)
-
-    def record(r):
-        ids = {"prompt_ids": r.prompt_ids, "completion_ids": r.completion_ids}
-        return {**r.columns, "prompt": r.prompt, "completion": r.completion, "reward": r.reward, **ids, "columns": ["source"]}  # fmt: skip
-
-    online._write(tmp_path / "r.jsonl", [row, row], record)
-    assert online._read(tmp_path / "r.jsonl") == [row, row]
+    row = Sampled("a\u2028b", {"source": "\x85"}, [3], [4, 0], "c\u2029\nd", 0.5)
+    write_round(tmp_path / "r.jsonl", [row, row], 0.5)
+    assert read_round(tmp_path / "r.jsonl") == [row, row]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\u2028b"}]
 

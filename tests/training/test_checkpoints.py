@@ -206,7 +206,7 @@ def test_a_checkpoint_of_the_stock_trainer_is_taken_with_a_warning(tmp_path, fin
     assert not (tmp_path / "run/checkpoint-2/manifest.json").exists()
     _trainer(tmp_path, "whole").train()
     state = json.loads((tmp_path / "run/checkpoint-1/trainer_state.json").read_text())
-    del state["stateful_callbacks"]["_FeedbackState"]  # as a Trainer without our callback leaves it
+    del state["stateful_callbacks"]["FeedbackState"]  # as a Trainer without our callback leaves it
     (tmp_path / "run/checkpoint-1/trainer_state.json").write_text(json.dumps(state))
     trainer, told = _resume(tmp_path, str(tmp_path / "run/checkpoint-1"))
     assert len(told) == 1

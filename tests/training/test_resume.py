@@ -73,7 +73,7 @@ def _state(trainer):
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.lr_scheduler.state_dict(),
         "shift": trainer.feedback.shift.state_dict(),
-        "window": trainer.feedback.sums,
+        "window": trainer.feedback.state()["attributes"]["sums"],
         "log": [{k: v for k, v in line.items() if k not in TIMING} for line in trainer.state.log_history],
         "step": trainer.state.global_step,
         "random": [torch.random.get_rng_state(), random.getstate(), np.random.get_state()],  # noqa: NPY002 - what the Trainer restores

@@ -39,7 +39,7 @@ def _fsdp(rank, world):
     for step in range(3):
         rows = list(range(8 * step, 8 * step + 8))[rank::world]
         batch = collate([dataset[i] for i in rows])
-        logps = sequence_logps(completion_logps(model, batch))
+        logps = sequence_logps(completion_logps(model, batch), cu_seqlens=batch["cu_completions"])
         refs = torch.full_like(logps, -20.0)
         out = bco_loss(logps, refs, batch["label"], beta=0.1, delta=shift)
         shift.observe(out.rewards, batch["label"])

@@ -19,7 +19,8 @@ from bco_fast.data.batch import collate
 from bco_fast.data.tokenize import load_feedback
 from bco_fast.losses import OBJECTIVES
 from bco_fast.losses.sequence import sequence_logps
-from bco_fast.models.patch import completion_logps, forward_logps
+from bco_fast.models.patch import forward_logps
+from bco_fast.training.step import completion_sums, mean_log_ratio
 
 
 def _trainer(tmp_path, loss_type, rows=32, data=None, **options):
@@ -50,8 +51,9 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
             p.mul_(1.05)
     loss = trainer.compute_loss(model, batch)
     token_logps, entropy, _ = forward_logps(model, batch, return_entropy=True)
-    logps, mask = sequence_logps(token_logps), batch["targets"] >= 0
-    lengths, ref, labels, scores = mask.sum(1), batch["ref_logps"], batch["label"], batch["score"]
+    cu = batch["cu_completions"]
+    logps, lengths = sequence_logps(token_logps, cu_seqlens=cu), cu.diff()
+    ref, labels, scores = batch["ref_logps"], batch["label"], batch["score"]
     w, l, rw, rl = logps[:6], logps[6:], ref[:6], ref[6:]
     by = {"chosen_lengths": lengths[:6], "rejected_lengths": lengths[6:]}
     kl = {k[3:]: v for k, v in batch.items() if k.startswith("kl_")}
@@ -59,14 +61,14 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
         "bco": lambda f: f(logps, ref, labels, beta=0.1),
         "bce": lambda f: f(logps, ref, labels, beta=0.1),
         "kto": lambda f: f(
-            logps, ref, labels, kl=(sequence_logps(completion_logps(model, kl)) - kl["ref_logps"]).mean(),
+            logps, ref, labels, kl=(completion_sums(model, kl) - kl["ref_logps"]).mean(),
             desirable_weight=1.5, undesirable_weight=0.5,
         ),
         "una_binary_mse": lambda f: f(logps, ref, labels, beta=0.01),
         "una_binary_bce": lambda f: f(logps, ref, labels, beta=0.01),
         "una_score": lambda f: f(logps, ref, scores, beta=0.03),
         "una_reward": lambda f: f(logps, ref, scores, beta=0.03),
-        "bnf": lambda f: f(token_logps, batch["ref_token_logps"], labels, mask=mask, entropy=entropy),
+        "bnf": lambda f: f(token_logps, batch["ref_token_logps"], labels, cu_seqlens=cu, entropy=entropy),
         "sft": lambda f: f(logps, labels, lengths),
         "una_pair": lambda f: f(w, l, rw, rl, beta=0.1),
         "dpo": lambda f: f(w, l, rw, rl, beta=0.1),
@@ -96,7 +98,7 @@ def test_accumulation_changes_nothing(tmp_path, name):
             **options.get(name, {}),
         )  # fmt: skip
         trainer.train()
-        results.append((_parameters(trainer), _losses(trainer), trainer._delta()))
+        results.append((_parameters(trainer), _losses(trainer), trainer.delta))
     (whole, loss, delta), (parts, part_loss, part_delta) = results
     assert len(loss) == 3
     assert np.allclose(loss, part_loss, rtol=1e-5)
@@ -119,8 +121,8 @@ def test_kto_logs_its_reference_point_over_the_whole_step(tmp_path):
     second = FeedbackTrainer(tiny.model(), _config(tmp_path, loss_type="kto", max_steps=1, per_device_train_batch_size=8), tiny.rows(8), processing_class=TOKENIZER)  # fmt: skip
     second.train()
     batch = collate([second.train_dataset[i] for i in range(8)], 1)
-    kl = float(second._mean_kl(second.model, [batch]))
-    halves = [second._mean_kl(second.model, [collate([second.train_dataset[i] for i in part], 1)]) for part in (range(3), range(3, 8))]  # fmt: skip
+    kl = float(mean_log_ratio(second.model, [batch]))
+    halves = [mean_log_ratio(second.model, [collate([second.train_dataset[i] for i in part], 1)]) for part in (range(3), range(3, 8))]  # fmt: skip
     assert math.isclose(kl, (3 * float(halves[0]) + 5 * float(halves[1])) / 8, rel_tol=1e-5)
     assert abs(kl) > 1e-3
 
@@ -181,7 +183,7 @@ def test_balanced_training(tmp_path, loss_type):
     assert len(balanced.train_dataset) == 48
     batch = collate([trainer.train_dataset[i] for i in range(8)], 1)
     kl = {"kl": 0.0} if loss_type == "kto" else {}
-    costs = OBJECTIVES[loss_type].loss(sequence_logps(completion_logps(trainer.model, batch)), batch["ref_logps"], batch["label"], beta=0.1, **kl).per_example  # fmt: skip
+    costs = OBJECTIVES[loss_type].loss(completion_sums(trainer.model, batch), batch["ref_logps"], batch["label"], beta=0.1, **kl).per_example  # fmt: skip
     expected = (costs * torch.where(batch["label"], 3.0, 1.0)).mean()
     assert torch.allclose(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4)
 
@@ -340,5 +342,5 @@ def test_gradients_flow_only_from_the_policy(tmp_path):
     """z_ref carries none: the gradient is that of kto_loss with the number itself."""
     trainer = _trainer(tmp_path, "kto")
     batch = collate([trainer.train_dataset[i] for i in range(4)], 1)
-    assert not trainer._mean_kl(trainer.model, [batch]).requires_grad
+    assert not mean_log_ratio(trainer.model, [batch]).requires_grad
     assert losses.kto_loss(torch.zeros(2, requires_grad=True), torch.zeros(2), torch.tensor([True, False]), kl=torch.ones((), requires_grad=True)).loss.requires_grad  # fmt: skip
