@@ -31,7 +31,9 @@ _REFERENCE_NAME = re.compile(r"[0-9a-f]{32}")
 def cache(arguments: list[str]) -> None:
     commands = {"build": build, "inspect": inspect, "verify": verify, "export": export, "prune": prune}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__ + "\n`bco-fast cache build --help` lists the options of build; the other commands have --help too.")
+        print(
+            __doc__ + "\n`bco-fast cache build --help` lists the options of build; the other commands have --help too."
+        )
         return
     if arguments[0] not in commands:
         raise UsageError(f"unknown command 'cache {arguments[0]}'{nearest(arguments[0], commands)}")
@@ -272,7 +274,10 @@ def prune(arguments: list[str]) -> None:
     """List files that cannot be used, and with --older_than whole references; remove them with --yes."""
     parser = _parser("prune")
     parser.add_argument(
-        "--older_than", type=float, metavar="DAYS", help="also remove references unused for this many days (default: none)"
+        "--older_than",
+        type=float,
+        metavar="DAYS",
+        help="also remove references unused for this many days (default: none)",
     )
     parser.add_argument("--yes", action="store_true", help="remove; without it nothing is changed")
     options = parser.parse_args(arguments)
