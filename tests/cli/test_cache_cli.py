@@ -16,7 +16,7 @@ from bco_fast import ReferenceCache, cli
 from bco_fast.reference.cache import MANIFEST
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     tiny.model().save_pretrained(root / "tiny-llama")

@@ -26,7 +26,7 @@ from bco_fast.training.record import public, public_options
 FILE = Path(__file__)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("secret-home") / "tiny"
     tiny.model().save_pretrained(path)
@@ -47,12 +47,12 @@ def _train(model_dir, folder, *, loss_type="bco", **changes):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(model_dir, tmp_path_factory):
     return _train(model_dir, tmp_path_factory.mktemp("bco"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def paired(model_dir, tmp_path_factory):
     return _train(model_dir, tmp_path_factory.mktemp("simpo"), loss_type="simpo")
 
