@@ -137,11 +137,6 @@ class FeedbackConfig(TrainingArguments):
         "Share of the L1 norm of the logits' gradient that the backward of a trainable head may leave out, [0, 1). 0: the "
         "exact backward.",
     )
-    vocab_order: str = _option(
-        "ids",
-        "Order in which sparse_tolerance cuts the vocabulary into blocks: token ids, or counts in the training data.",
-        choices=["ids", "counts"],
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,8 +169,6 @@ class FeedbackConfig(TrainingArguments):
             raise ValueError("desirable_weight='auto' sets both weights: leave undesirable_weight at 1")
         if not 0.0 <= self.sparse_tolerance < 1.0:
             raise ValueError(f"sparse_tolerance must be in [0, 1), not {self.sparse_tolerance}")
-        if self.vocab_order not in ("ids", "counts"):
-            raise ValueError(f"vocab_order must be ids or counts, not {self.vocab_order!r}")
         for name in ("beta", "slic_delta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
