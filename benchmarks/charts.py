@@ -1,7 +1,7 @@
 """The documentation's charts, drawn from the result files; publish.py writes them to docs/charts/.
 
-Plain SVG without a library: a transparent ground, and colours that read on a light and on a dark page. Drawing is
-deterministic, so a test can say that every point of a chart is a row of benchmarks/results/.
+Plain SVG without a library: a transparent background, and colours that are legible on light and dark pages. Drawing is
+deterministic, so a test can compare the committed charts with the result files.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def shown(value: float) -> str:
 
 
 class Box(NamedTuple):
-    """Where an area is drawn, in pixels."""
+    """A plot's area, in pixels."""
 
     left: float
     top: float
@@ -80,7 +80,7 @@ def plot(
     log_y: bool,
     limit: tuple[str, float] | None = None,
 ) -> list[str]:
-    """Lines over a base-2 logarithmic x axis, their names at the right, one under another."""
+    """Lines over a base-2 logarithmic x axis; their names are listed at the right."""
     xs = [x for points, _, _ in lines.values() for x, _ in points]
     ys = [y for points, _, _ in lines.values() for _, y in points] + ([limit[1]] if limit else [])
     x_ticks = ticks(min(xs), max(xs), base=2, log=True)
@@ -121,14 +121,14 @@ def plot(
             x, y = at(*point)
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{colour}"/>')
         ends.append((at(*max(points))[1], name, colour))
-    return parts + names_at_right(box, ends)
+    return parts + names_at_right(box, ends if limit else sorted(ends))
 
 
 def names_at_right(box: Box, ends: list[tuple[float, str, str]]) -> list[str]:
-    """Each line's name near its end, moved apart where they would cover one another."""
+    """Each line's name near its end, moved apart where names would overlap."""
     parts, below = [], box.top - 25.0
     spare = box.bottom - 17.0 * (len(ends) - 1)
-    for i, (y, name, colour) in enumerate(sorted(ends)):
+    for i, (y, name, colour) in enumerate(ends):
         y = max(min(y, spare + 17 * i), below + 17)
         below = y
         parts.append(f'<rect x="{box.right + 12}" y="{y - 5:.1f}" width="10" height="10" fill="{colour}"/>')
@@ -141,7 +141,7 @@ def lines_chart(title: str, subtitle: str, lines: Lines, **labels) -> str:
 
 
 def memory_chart() -> str:
-    """Peak memory of a training step against the length of its sequence, up to the budget."""
+    """Peak memory of a training step against sequence length, up to the budget."""
     rows = [r for r in rows_of("long_context") if not r["predicted"] and r.get("peak_mb_by_tokens")]
     chosen = {
         "bco_fast, full": ("bco_fast", OURS, False),
@@ -159,20 +159,21 @@ def memory_chart() -> str:
                 points = [(int(t), mb) for t, mb in row["peak_mb_by_tokens"].items() if mb <= row["budget_mb"]]
                 if points:
                     lines[f"{name}: {row['longest']}{'' if row['too_long'] else '+'}"] = (points, colour, dashed)
+    lines = dict(sorted(lines.items(), key=lambda item: -max(item[1][0])[0]))  # longest context first
     row = rows[0]
     return lines_chart(
-        "Memory against context",
-        f"Training a {row['parameters'] / 1e6:.0f}M Llama, V = {row['V']}, on the CPU; the number: longest context that fits",
+        "Peak memory of a training step",
+        f"{row['parameters'] / 1e6:.0f}M-parameter Llama, V = {row['V']}, float32, CPU; legend: longest context that fits the budget",
         lines,
-        x_label="tokens of the sequence",
-        y_label="MB at the peak",
+        x_label="sequence length, tokens",
+        y_label="peak memory, MB",
         log_y=False,
         limit=(f"budget {row['budget_mb']:.0f} MB", row["budget_mb"]),
     )
 
 
 def time_chart() -> str:
-    """Processor seconds of forward and backward of the head, ours and the peers', one bar each."""
+    """Processor seconds of the head's forward and backward: one bar for each contender."""
     rows = [
         r
         for r in rows_of("head_peers")
@@ -192,7 +193,7 @@ def time_chart() -> str:
             colour = OURS if ours else THEIRS[3]
             parts.append(text(232, y + 12, row["contender"], anchor="end", kind="small"))
             parts.append(f'<rect x="240" y="{y}" width="{width:.1f}" height="16" rx="2" fill="{colour}"/>')
-            if row["processor_s"] / plain > 2.5:  # torn, so that the others can be told apart
+            if row["processor_s"] / plain > 2.5:  # a cut bar: at full length it would squeeze the others
                 parts.append(text(240 + width - 22, y + 12, "//", kind="small"))
             words = f"{row['processor_s']:.2f} s, {row['extra_mb']:.0f} MB"
             parts.append(text(248 + width, y + 12, words, kind="small"))
@@ -200,15 +201,15 @@ def time_chart() -> str:
         y += 14
     row = rows[0]
     return svg(
-        "The lm-head against its peers",
-        f"Forward and backward, Qwen2.5-0.5B's head, N = {row['N']}, float32, one core; processor time, extra memory",
+        "lm-head, forward and backward",
+        f"Qwen2.5-0.5B's head, N = {row['N']}, float32, one CPU core: processor time and extra memory",
         parts,
         y + 6,
     )
 
 
 def step_chart() -> str:
-    """Tokens a processor second of a training step, by the length of its sequences."""
+    """Tokens per processor second of a training step, by sequence length."""
     rows = rows_of("peers_step_lengths")
     colours = {"bco_fast BCO": OURS, "bco_fast KTO": OURS_TOO}
     peers = iter(THEIRS)
@@ -219,11 +220,11 @@ def step_chart() -> str:
         lines[short] = (points, colours.get(name) or next(peers), "precomputed" in name)
     row = rows[0]
     return lines_chart(
-        "A training step by context length",
-        f"{row['parameters'] / 1e6:.0f}M Llama, V = {row['V']}, batch {row['batch']}, float32, one CPU core; dashed: reference precomputed",
+        "Training step by sequence length",
+        f"{row['parameters'] / 1e6:.0f}M-parameter Llama, V = {row['V']}, batch {row['batch']}, float32, one CPU core; dashed: reference precomputed",
         lines,
-        x_label="tokens of each sequence",
-        y_label="tokens per second of processor time",
+        x_label="sequence length, tokens",
+        y_label="tokens per processor second",
         log_y=False,
     )
 
@@ -258,8 +259,8 @@ def growth_chart() -> str:
             parts += plot(box, lines, x_label=f"{words}, {other} = {fixed}", y_label=label, log_y=True)
     row = points[0]
     return svg(
-        "Growth of the lm-head",
-        f"Forward and backward, D = {row['D']}, float32, one CPU core; fitted: time and memory ~ x^p",
+        "lm-head: growth of time and memory",
+        f"Forward and backward, D = {row['D']}, float32, one CPU core; labels: fitted exponents",
         parts,
         580,
     )

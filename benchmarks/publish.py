@@ -1,36 +1,22 @@
-"""What the documentation takes from the result files: the charts, the figures of README.md and docs/online.md, docs/results.md.
+"""Bring the documentation up to date with the result files: charts, docs/results.md, numbers of README.md and docs/online.md.
 
     python benchmarks/publish.py
 
-A figure of a page is what stands before a mark `<!-- file; case; field -->`; it keeps its number of decimals.
+figures.py lists the numbers of the two pages and the row each of them comes from.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterator
 
+import figures
 from charts import CHARTS, DRAWN, ROOT, rows_of
 from contenders import CONTENDERS, LOGITS
 from counts import MODELS
 from long_context import CASES
 
-PAGES, TABLES = (ROOT / "README.md", ROOT / "docs" / "online.md"), ROOT / "docs" / "results.md"
-FIGURE = re.compile(r"([\d.]+)(<!-- (\w+); ([^;]+); (\w+) -->)")
+TABLES = ROOT / "docs" / "results.md"
 MODES = {"frozen": "frozen head", "trainable": "trained head"}
-
-
-def refreshed(page: str) -> str:
-    """The page with its marked figures as the result files have them."""
-    rows_of_file = functools.cache(rows_of)
-
-    def figure(found: re.Match) -> str:
-        old, mark, name, case, field = found.groups()
-        row = next(row for row in rows_of_file(name) if row["case"] == case)
-        return f"{row[field]:.{len(old.partition('.')[2])}f}{mark}"
-
-    return FIGURE.sub(figure, page)
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -38,14 +24,14 @@ def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def ran_on(rows: list[dict]) -> str:
-    """Machine and dates of rows that may be of several runs."""
+    """Machine and dates of the rows, which can come from several runs."""
     measured = [row["measured"] for row in rows if "measured" in row]
     dates = sorted({m["date"] for m in measured})
     return f"{', '.join(sorted({m['cpu'] for m in measured}))}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
 
 
 class Missing:
-    """Why contenders have no figure, as notes under a table."""
+    """Why contenders have no result, as notes under a table."""
 
     def __init__(self) -> None:
         self.notes: dict[str, list[str]] = {}
@@ -61,7 +47,7 @@ class Missing:
 
 
 def head_times(rows: list[dict], shape: str, dtype: str, missing: Missing) -> list[str]:
-    """One shape's table: processor time over plain PyTorch's, and extra memory."""
+    """Table of one shape: processor time relative to plain PyTorch, and extra memory."""
     here = [r for r in rows if (r["part"], r["shape"], r["dtype"]) == ("time", shape, dtype)]
     if not here:
         return []
@@ -79,7 +65,7 @@ def head_times(rows: list[dict], shape: str, dtype: str, missing: Missing) -> li
     plain = next(r for r in here if r["contender"] == "PyTorch" and r["mode"] == "trainable")
     title = f"**{shape}**, {dtype}: N = {size['N']}, D = {size['D']}, V = {size['V']}"
     title += "" if size["softcap"] is None else f", softcap {size['softcap']:g}"
-    title += f"; plain PyTorch with a trained head took {plain['processor_s']:.2f} s on {plain['logits']} logits."
+    title += f". Plain PyTorch with a trained head takes {plain['processor_s']:.2f} s on {plain['logits']} logits."
     present = {row["contender"] for row in here}
     body = [[name, *(cell(name, *column) for column in columns)] for name in CONTENDERS if name in present]
     return [title, "", *markdown(["", *(f"{MODES[mode]}, {logits}" for mode, logits in columns)], body), ""]
@@ -87,11 +73,13 @@ def head_times(rows: list[dict], shape: str, dtype: str, missing: Missing) -> li
 
 def head_section() -> Iterator[str]:
     rows = rows_of("head_peers")
-    yield "## The lm-head against its peers"
+    yield "## lm-head"
+    yield ""
+    yield "![Time of the lm-head, forward and backward, at Qwen2.5-0.5B's sizes](charts/time.svg)"
     yield ""
     yield (
-        "Forward and backward with a frozen head (LoRA) and with a trained one. A cell is the processor time over plain "
-        "PyTorch's in the same contest, and the memory beyond the inputs, gradients included; below 1 is faster. Shapes "
+        "Forward and backward with a frozen head (LoRA) and with a trained one. A cell holds the processor time relative to "
+        "plain PyTorch in the same run (below 1 is faster), and the memory beyond the inputs, gradients included. Shapes "
         f"marked /4 have a quarter of the model's D and V. One core, {ran_on(rows)}."
     )
     yield ""
@@ -99,15 +87,15 @@ def head_section() -> Iterator[str]:
     for dtype in ("float32", "bfloat16"):
         for shape in dict.fromkeys(r["shape"] for r in rows):
             yield from head_times(rows, shape, dtype, missing)
-    yield "No figure:"
+    yield "No result:"
     yield ""
     yield from missing.lines()
     yield ""
     yield "### Errors in bfloat16"
     yield ""
     yield (
-        "Nats against float64: of a token (root mean square, largest), and the largest of sums over 256 and 4096 tokens. "
-        "Who gives no log-probability of a token has no row."
+        "CPU arithmetic, no GPU. Errors in nats against float64: per token (root mean square and largest), and the largest "
+        "error of sums over 256 and 4096 tokens. Contenders that return no per-token log-probability are left out."
     )
     yield ""
     fields = ["logp_rms_error", "logp_max_error", "sum_256_error", "sum_4096_error"]
@@ -130,11 +118,13 @@ def step_section() -> Iterator[str]:
     rows = rows_of("peers_step_lengths")
     row = rows[0]
     lengths = sorted({r["max_length"] for r in rows})
-    yield "## A training step by context length"
+    yield "## Training step by sequence length"
+    yield ""
+    yield "![Tokens per second of a training step by sequence length](charts/step.svg)"
     yield ""
     yield (
-        f"A Llama of {row['parameters'] / 1e6:.0f}M parameters, V = {row['V']}, batch {row['batch']}, float32, AdamW. Tokens "
-        f"a second of processor time, peak resident memory. One core, {ran_on(rows)}."
+        f"A Llama with {row['parameters'] / 1e6:.0f}M parameters, V = {row['V']}, batch {row['batch']}, float32, AdamW. A cell "
+        f"holds tokens per second of processor time and peak resident memory. One core, {ran_on(rows)}."
     )
     yield ""
     body = []
@@ -153,12 +143,12 @@ def context_section() -> Iterator[str]:
     measured, predicted = ([r for r in rows if r["predicted"] is kind] for kind in (False, True))
     measured.sort(key=lambda r: list(CASES).index(r["case"].partition(", ")[2]))
     shape = measured[0]
-    yield "## The longest context that fits"
+    yield "## Longest context that fits"
     yield ""
     yield (
-        f"Two optimizer steps on one sequence of a Llama of {shape['parameters'] / 1e6:.0f}M parameters, V = {shape['V']}, "
-        f"float32, within {shape['budget_mb']:.0f} MB of resident memory; {ran_on(measured)}. Predicted: counted bytes at "
-        "the length found."
+        f"Two optimizer steps on one sequence, a Llama with {shape['parameters'] / 1e6:.0f}M parameters, V = {shape['V']}, "
+        f"float32, within {shape['budget_mb']:.0f} MB of resident memory; {ran_on(measured)}. The prediction counts bytes at "
+        "the length that was found."
     )
     yield ""
 
@@ -170,11 +160,11 @@ def context_section() -> Iterator[str]:
         guess = f"{r['predicted_mb']:.0f} MB" if "predicted_mb" in r else ""
         return [name, longest, f"{r['peak_mb']:.0f} MB" if r["peak_mb"] else "", guess]
 
-    yield from markdown(["", "tokens", "at the peak", "predicted"], [found(r) for r in measured])
+    yield from markdown(["", "tokens", "peak memory", "predicted"], [found(r) for r in measured])
     yield ""
     yield (
-        f"Predicted for a GPU of {predicted[0]['budget_gb']:.0f} GB in bfloat16, a twentieth of it left to the allocator; "
-        "**not measured**. Offloaded: the layers' checkpoints wait in host memory."
+        f"Predicted, **not measured**, for a GPU with {predicted[0]['budget_gb']:.0f} GB in bfloat16, with a twentieth of the "
+        "memory reserved for the allocator. Offloaded: activation checkpoints are kept in host memory."
     )
     yield ""
     body = [
@@ -191,7 +181,10 @@ def growth_section() -> Iterator[str]:
     yield ""
     yield "![Time and memory of the head against tokens and vocabulary, logarithmic](charts/growth.svg)"
     yield ""
-    yield "Fitted exponents p of x^p: 1 is linear, 0 is flat. Memory is that beyond inputs, results and gradients."
+    yield (
+        "Exponents p of a fit x^p: 1 is linear, 0 is constant. Memory excludes inputs, results and gradients; the last column "
+        "is the most that was used."
+    )
     yield ""
     body = [
         [
@@ -203,7 +196,7 @@ def growth_section() -> Iterator[str]:
         ]
         for r in fits
     ]
-    yield from markdown(["", "along", "time", "memory", "most"], body)
+    yield from markdown(["", "varied", "time", "memory", "largest memory"], body)
     yield ""
 
 
@@ -211,9 +204,9 @@ def tables() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `benchmarks/publish.py` from the rows of [`benchmarks/results/`](../benchmarks/results); what is measured and "
-        "how is in [benchmarks.md](benchmarks.md). Where we lose, the row stays. Models are those of "
-        f"[`counts.py`](../benchmarks/counts.py): {', '.join(MODELS)}.",
+        "`benchmarks/publish.py` writes this page from [`benchmarks/results/`](../benchmarks/results). "
+        "[benchmarks.md](benchmarks.md) explains what is measured and how. Rows where bco_fast loses are kept. No GPU has been "
+        f"measured yet. Models are those of [`counts.py`](../benchmarks/counts.py): {', '.join(MODELS)}.",
         "",
     ]
     for section in (head_section, step_section, context_section, growth_section):
@@ -227,9 +220,11 @@ def main() -> None:
         (CHARTS / f"{name}.svg").write_text(draw())
         print(CHARTS / f"{name}.svg")
     TABLES.write_text(tables())
-    for page in PAGES:
-        page.write_text(refreshed(page.read_text()))
-    print(TABLES, *PAGES, sep="\n")
+    for name, rules in figures.PAGES.items():
+        page = ROOT / name
+        page.write_text(figures.refreshed(page.read_text(), rules))
+        print(page)
+    print(TABLES)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def head_inputs(model, dataset) -> tuple[torch.Tensor, torch.Tensor]:
         completion_logps(model.eval(), batch)
     hook.remove()
     model.train()
-    asked = batch["targets"] != -100
-    return kept[0][asked], batch["targets"][asked]
+    return kept[0].flatten(0, 1)[batch["rows"]], batch["targets"]
 
 
 def measure(model, dataset, step: int) -> list[dict]:
@@ -91,7 +90,7 @@ def main() -> None:
         chosen = torch.randint(0, len(train.examples), (BATCH,), generator=g).tolist()
         batch = collate([train.item(i) for i in chosen], 0)
         logps = completion_logps(model, batch)
-        loss = -logps.sum() / (batch["targets"] != -100).sum()
+        loss = -logps.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -122,7 +122,7 @@ def run_bare(setup: Setup, order: list) -> list[float]:
     for indices in order:
         start = time.perf_counter()
         batch = collate([setup.dataset[i] for i in indices], 0)
-        logps = sequence_logps(completion_logps(model, batch))
+        logps = sequence_logps(completion_logps(model, batch), cu_seqlens=batch["cu_completions"])
         shift.observe(0.1 * (logps.detach() - batch["ref_logps"]), batch["label"])
         bco_loss(logps, batch["ref_logps"], batch["label"], beta=0.1, delta=shift).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,9 +1,9 @@
-"""What mkdocs does not do by itself: pages of the root, files that pages link to beside docs/, and equations.
+"""mkdocs hooks: pages from the repository's root, linked files outside docs/, equations and tables of options.
 
-README.md is the home page and CHANGELOG.md a page, so that nothing is said twice. A link from a page to a file of the
-repository works on GitHub as it stands; here that file is copied beside the pages, and a link to a folder loses its link.
-Equations become MathML when the site is built: no script, nothing from a server. `<!-- options of FILE CLASS -->` becomes
-the table of a config's options.
+README.md is the home page and CHANGELOG.md is a page, so neither is duplicated. Links to files of the repository work
+unchanged on GitHub; on the site, the file is copied next to the pages, and a link to a folder becomes plain text. Equations
+become MathML at build time, so the site needs no scripts or servers. `<!-- options of FILE CLASS -->` becomes a table of
+that config's options.
 """
 
 import ast
@@ -65,7 +65,7 @@ def _mathml(latex: str, display: str) -> str:
 
 
 def _options(match) -> str:
-    """The options of a config class as a table, read from its source: they are defined with their help."""
+    """A config class's options as a table, read from its source, which also has their help texts."""
     path, name = match.groups()
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
@@ -80,7 +80,7 @@ def _options(match) -> str:
 
 
 def _repository_path(page: str):
-    """-> a function from a match of LINK to the path in the repository, or None where mkdocs knows the target itself."""
+    """Return a function from a match of LINK to a path in the repository, or None if mkdocs resolves the link itself."""
     source = PAGES.get(page)
 
     def path(match) -> str | None:

@@ -1,4 +1,4 @@
-"""The pages in docs/ say what the code does."""
+"""The pages in docs/ agree with the code."""
 
 import importlib
 import importlib.util
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_imports import ROOMS
 
 import bco_fast
+from bco_fast import _moved
 from bco_fast.losses import OBJECTIVES
 from bco_fast.online.config import OnlineConfig
 from bco_fast.training.config import FeedbackConfig
@@ -75,6 +77,17 @@ def test_every_page_is_on_the_site_and_its_links_lead_somewhere():
         assert f": {page.relative_to(DOCS).as_posix()}\n" in site, page
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
+
+
+def test_the_changelog_lists_every_import_path_that_moved():
+    rows = re.findall(r"^\| `bco_fast\.(\w+)` \| (.+) \|$", (DOCS.parent / "CHANGELOG.md").read_text(), re.M)
+    listed = {old: tuple(re.findall(r"`bco_fast\.([\w.]+)`", new)) for old, new in rows}
+    assert listed == _moved.MODULES
+
+
+def test_the_layout_has_every_room_in_the_order_of_imports():
+    named = re.findall(r"^\| `bco_fast/(\w+)/`", (DOCS / "layout.md").read_text(), re.M)
+    assert named == [room for room in ROOMS if (DOCS.parent / "bco_fast" / room).is_dir()]
 
 
 def test_a_release_has_one_version():

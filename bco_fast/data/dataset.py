@@ -1,12 +1,4 @@
-"""Feedback as tokens, and tokens as batches. What may stand in a file: `rows` and docs/feedback.md.
-
-    strings   tok(prompt) + tok(completion, no special tokens) + EOS
-    chats     the tokenizer's chat template, see `chat`
-
-Keys of the reference cache rest on these ids. A row longer than `max_length` first loses the beginning of its prompt
-down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and reported,
-never silent.
-"""
+"""Tokenized feedback: one example, what the reference says about it, and a dataset of them."""
 
 from __future__ import annotations
 
@@ -59,7 +51,7 @@ class FeedbackDataset(torch.utils.data.Dataset):
     """Tokenized feedback. The reference's part is filled in from its cache before training."""
 
     examples: list[Example]
-    """In a paired dataset chosen and rejected take turns, and an item is the two of them."""
+    """In a paired dataset chosen and rejected alternate, and an item is the two of them."""
     ref_logps: np.ndarray | None = None  # [examples] float64
     report: dict[str, int] = field(default_factory=dict)
     """rows, skipped, prompts_cut, completions_cut."""
@@ -70,6 +62,13 @@ class FeedbackDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.examples) // 2 if self.paired else len(self.examples)
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Tokens of each sequence of each item: one, or the two sides of a pair."""
+        lengths = [len(example) for example in self.examples]
+        sides = 1 + self.paired
+        return [lengths[i : i + sides] for i in range(0, len(lengths), sides)]
 
     def __getitem__(self, index: int) -> Item | tuple[Item, Item]:
         if self.paired:

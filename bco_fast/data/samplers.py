@@ -1,4 +1,4 @@
-"""Which rows meet in a batch: class balance, stratified order, and KTO's mismatched completions."""
+"""Which rows share a batch: class balance, stratified order, token budgets, and KTO's mismatched completions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .tokenize import fit
 def oversample(dataset: FeedbackDataset, seed: int = 0) -> FeedbackDataset:
     """The rarer class repeated until both are equally frequent (arXiv 2404.04656, App. C).
 
-    Every row of it is repeated equally often, but for a remainder that is drawn with `seed`. Order is kept, copies come
-    last; a dataset of one class is returned as it is.
+    Every row of that class is repeated equally often, except for a remainder drawn with `seed`. The order is kept and
+    copies come last. A dataset of one class is returned unchanged.
     """
     classes = [[i for i, e in enumerate(dataset.examples) if e.label is up] for up in (False, True)]
     few, many = sorted(classes, key=len)
@@ -42,8 +42,8 @@ def balancing_weights(labels: Sequence[bool]) -> tuple[float, float]:
 def mismatched(dataset: FeedbackDataset, *, max_length: int, max_prompt_length: int | None = None) -> FeedbackDataset:
     """Each prompt with the completion of the next row, in the order of their keys, that has a different prompt.
 
-    So the mismatch of a row hangs on the dataset, not on the batch it falls into, and its reference log-probability can
-    be cached like any other. Truncated as `tokenize_rows` does.
+    The mismatch of a row depends on the dataset, not on the batch, so its reference log-probability can be cached like
+    any other. Truncation is that of `tokenize_rows`.
 
     Raises:
         FeedbackError: all rows have the same prompt.
@@ -75,8 +75,8 @@ def mismatched(dataset: FeedbackDataset, *, max_length: int, max_prompt_length: 
 class StratifiedSampler(torch.utils.data.Sampler):
     """A random order in which any stretch of rows has the classes in the dataset's proportion, to within one row.
 
-    Each class is shuffled, then the two are merged by an error-diffusion walk. The order hangs on (seed, epoch), and
-    `set_epoch` is called by the Trainer, so a resumed run sees what an uninterrupted one does.
+    Each class is shuffled, then the two are merged by error diffusion. The order depends on (seed, epoch) alone, and the
+    Trainer calls `set_epoch`, so a resumed run sees the rows of an uninterrupted one.
     """
 
     def __init__(self, labels: Sequence[bool], seed: int = 0):
@@ -103,18 +103,39 @@ class StratifiedSampler(torch.utils.data.Sampler):
             yield classes[side].pop()
 
 
-class TokenBudgetSampler(torch.utils.data.Sampler):
-    """Batches of dataset indices whose tokens stay within a budget.
-
-    `order` is cut into batches once, so their number is the same in every epoch and a run can be resumed; what changes
-    from epoch to epoch is the order of the batches, by (seed, epoch). A sequence longer than the budget is a batch of its
-    own. The last ones are repeated until the number is a multiple of `ranks`, as every rank must take as many.
+def token_batches(
+    lengths: Sequence[int], order: Iterable[int], tokens_per_batch: int, *, padded: bool = True
+) -> Iterator[list[int]]:
+    """Cut `order` into batches of at most so many tokens; a longer sequence is a batch by itself.
 
     Args:
         lengths: tokens of each item.
-        order: indices, in the order in which they may share a batch.
-        tokens_per_batch: the budget, > 0.
+        order: indices of the items, in the order in which they may share a batch.
         padded: count what padding to the longest sequence makes of a batch.
+    """
+    batch: list[int] = []
+    longest = total = 0
+    for index in order:
+        length = lengths[index]
+        size = max(longest, length) * (len(batch) + 1) if padded else total + length
+        if batch and size > tokens_per_batch:
+            yield batch
+            batch, longest, total = [], 0, 0
+        batch.append(index)
+        longest, total = max(longest, length), total + length
+    if batch:
+        yield batch
+
+
+class TokenBudgetSampler(torch.utils.data.Sampler):
+    """Batches of dataset indices whose tokens stay within a budget (`token_batches`).
+
+    `order` is cut into batches once, so every epoch has the same number of them and a run can be resumed. Later epochs
+    shuffle the batches by (seed, epoch). The first batches are repeated at the end until the number is a multiple of
+    `ranks`, because every rank must take as many.
+
+    Args:
+        lengths, order, tokens_per_batch, padded: see `token_batches`.
     """
 
     def __init__(
@@ -127,19 +148,8 @@ class TokenBudgetSampler(torch.utils.data.Sampler):
         seed: int = 0,
         ranks: int = 1,
     ):
-        self.seed, self.epoch, self.batches = seed, 0, []
-        batch: list[int] = []
-        longest = total = 0
-        for index in order:
-            length = lengths[index]
-            size = max(longest, length) * (len(batch) + 1) if padded else total + length
-            if batch and size > tokens_per_batch:
-                self.batches.append(batch)
-                batch, longest, total = [], 0, 0
-            batch.append(index)
-            longest, total = max(longest, length), total + length
-        if batch:
-            self.batches.append(batch)
+        self.seed, self.epoch = seed, 0
+        self.batches = list(token_batches(lengths, order, tokens_per_batch, padded=padded))
         self.batches += self.batches[: -len(self.batches) % ranks]
 
     def __len__(self) -> int:

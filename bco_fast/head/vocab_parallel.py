@@ -73,7 +73,9 @@ class _VocabParallelLogps(torch.autograd.Function):
         mass = out.mass
         if mass is not None:  # of this shard's sum -> of the whole
             mass *= ((out.row_max - row_max).exp() * out.row_sum / row_sum).nan_to_num(nan=0.0)[:, None]
-        ctx.save_for_backward(hidden, weight, targets, bias, logps, row_max, row_sum, h if entropy else None, argmax, mass, keep)
+        ctx.save_for_backward(
+            hidden, weight, targets, bias, logps, row_max, row_sum, h if entropy else None, argmax, mass, keep
+        )
         ctx.call = call
         return logps, h
 

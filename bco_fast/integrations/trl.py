@@ -57,13 +57,13 @@ class FeedbackKTOTrainer(KTOTrainer):
         if objective not in SUPPORTED:
             raise ValueError(f"objective must be one of {', '.join(SUPPORTED)}, not {objective!r}")
         args = KTOConfig("kto_output") if args is None else args
-        if objective == "bnf" and args.precompute_ref_log_probs:
+        if OBJECTIVES[objective].per_token and args.precompute_ref_log_probs:
             raise ValueError(
-                "bnf needs the reference's log-probability of every token; TRL precomputes their sums only"
+                f"{objective} needs the reference's log-probability of every token; TRL precomputes their sums only"
             )
         # The one loss type of TRL's that runs no forward pass on mismatched completions.
-        args.loss_type = "kto" if objective == "kto" else "apo_zero_unpaired"
-        self.objective_name, self.objective = objective, OBJECTIVES[objective]
+        args.loss_type = "kto" if OBJECTIVES[objective].mismatched else "apo_zero_unpaired"
+        self.objective = OBJECTIVES[objective]
         self.shift = RewardShift(self.objective.shift or "fixed") if shift is None else shift
         super().__init__(model, ref_model, args, *positional, **kwargs)
         patch_model(self.accelerator.unwrap_model(self.model), workspace_bytes=workspace_bytes)
@@ -77,7 +77,7 @@ class FeedbackKTOTrainer(KTOTrainer):
         batch = {k: v.to(self.accelerator.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         labels, mode = batch["label"].bool(), "train" if self.model.training else "eval"
         tokens = _with_targets(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-        head = forward_logps(model, tokens, return_entropy=self.objective_name == "bnf")
+        head = forward_logps(model, tokens, return_entropy=self.objective.per_token)
         out = self._objective_loss(head, self._reference(tokens, batch), batch, tokens, labels, model)
         for name, value in out.metrics.items():
             value = float(self.accelerator.gather_for_metrics(torch.as_tensor(value, device=labels.device)).nanmean())
@@ -87,12 +87,12 @@ class FeedbackKTOTrainer(KTOTrainer):
         return out.loss + aux
 
     def _objective_loss(self, head: HeadOutput, reference: Tensor, batch, tokens, labels: Tensor, model):
-        if self.objective_name == "bnf":
+        if self.objective.per_token:
             mask = tokens["targets"] >= 0
             return self.objective.loss(head.logps, reference, labels, mask=mask, entropy=head.entropy)
         logps = sequence_logps(head.logps)
         options: dict = {"beta": self.beta}
-        if self.objective_name == "kto":
+        if self.objective.mismatched:
             options["kl"] = self._z_ref(model, batch)
         if self.objective.shift:
             if torch.is_grad_enabled():
@@ -107,7 +107,7 @@ class FeedbackKTOTrainer(KTOTrainer):
         if self.precompute_ref_logps:
             return batch["ref_logps"]
         logps = self._reference_logps(tokens)
-        return logps if self.objective_name == "bnf" else sequence_logps(logps)
+        return logps if self.objective.per_token else sequence_logps(logps)
 
     def _reference_logps(self, tokens: dict[str, Tensor]) -> Tensor:
         if self.ref_model is not None:

@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from .bnf import bnf_loss, bnf_weights
-from .output import LossOutput
+from .output import LossOutput, Reduction, reduction_weights, token_weights
 from .paired import dpo_loss, ipo_loss, nca_loss, orpo_loss, rdpo_loss, simpo_loss, slic_loss
 from .paired import dpo_loss as una_pair_loss
 from .reward_shift import RewardShift
+from .sequence import sequence_logps
 from .unpaired import (
     bce_loss,
     bco_loss,
@@ -56,36 +60,109 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Objective:
-    """What training by one objective needs; the hyper-parameters are the function's keywords and their defaults."""
+    """What training by one objective needs, and how it is run on a batch. Hyper-parameters are the loss's keywords."""
 
     loss: Callable[..., LossOutput]
     data: Literal["labels", "scores", "rewards", "pairs"]
-    """What it reads of a row: label; score in [0, 1]; score of any scale; chosen and rejected."""
+    """What it reads of a row: label; score in [0, 1]; score on any scale; chosen and rejected."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Hyper-parameters beside beta: field of `FeedbackConfig` -> keyword of the function."""
+    """Hyper-parameters other than beta: field of `FeedbackConfig` -> keyword of the loss."""
     beta: float | None = None
     """Default reward per nat; None where there is no beta."""
     reference: bool = True
     """Reads reference log-probabilities."""
     shift: Literal["", "fixed", "ema"] = ""
-    """Default mode of its `RewardShift`; empty where δ has no place."""
-    lengths: bool = False
-    """Reads the number of tokens of each completion."""
+    """Default mode of its `RewardShift`; empty where it has no δ."""
+    lengths: bool | None = False
+    """Reads the number of tokens of each completion; None: if `length_normalized` asks for it."""
+    per_token: bool = False
+    """Reads the log-probability of every token, the reference's too, and the entropy."""
+    mismatched: bool = False
+    """Reads the mean log-ratio of mismatched completions (z_ref of KTO)."""
+    mean_over_tokens: bool = False
+    """The loss is a mean over the tokens of thumbs up, not over rows."""
+
+    @property
+    def paired(self) -> bool:
+        return self.data == "pairs"
+
+    def run(
+        self,
+        token_logps: Tensor,  # [K]
+        batch: Mapping[str, Tensor],
+        settings: Mapping[str, float],
+        *,
+        entropy: Tensor | None = None,  # [K]
+        z_ref: Tensor | None = None,
+        shift: RewardShift | None = None,
+        observe: bool = False,
+    ) -> LossOutput:
+        """The objective on a batch of the form of `data.batch`.
+
+        Args:
+            token_logps: log-probability of each of the batch's targets, nats; carries the gradient.
+            settings: beta and the objective's own hyper-parameters, by keyword of the loss.
+            entropy: needed by a `per_token` objective.
+            z_ref: needed by a `mismatched` one: the mean log-ratio over all mismatched completions of the step.
+            shift: needed by one with a `shift`.
+            observe: the shift takes these rewards in.
+        """
+        cu_completions, labels = batch["cu_completions"], batch["label"]
+        if self.per_token:
+            references = batch["ref_token_logps"]
+            return self.loss(token_logps, references, labels, cu_seqlens=cu_completions, entropy=entropy, **settings)
+        logps = sequence_logps(token_logps, cu_seqlens=cu_completions)
+        lengths = cu_completions.diff()
+        references = (batch["ref_logps"],) if self.reference else ()
+        if self.paired:
+            by_length = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
+            references = [side for reference in references for side in reference.chunk(2)]
+            return self.loss(*logps.chunk(2), *references, **settings, **(by_length if self.lengths else {}))
+        options = dict(settings)
+        if self.mismatched:
+            options["kl"] = z_ref
+        if self.shift:
+            options["delta"] = shift
+            if observe:
+                rewards = settings["beta"] * (logps.detach() - batch["ref_logps"])
+                shift.observe(rewards - batch["score"] if self.data == "rewards" else rewards, labels)
+        facts = labels if self.data == "labels" else batch["score"]
+        return self.loss(logps, *references, facts, *((lengths,) if self.lengths else ()), **options)
+
+    def weights(
+        self,
+        batch: Mapping[str, Tensor],
+        counts: Tensor,  # [3]
+        *,
+        reduction: Reduction = "mean",
+        class_weights: tuple[float, float] = (1.0, 1.0),
+    ) -> Tensor:  # [B] float64, or one for each pair
+        """What each row's cost is multiplied by, so that the sum is the loss of all the rows that `counts` counts.
+
+        Args:
+            counts: thumbs up, thumbs down and tokens of thumbs up in the whole optimizer step (`data.batch`).
+            class_weights: λ of thumbs up and of thumbs down.
+        """
+        rows = len(batch["label"]) // (1 + self.paired)
+        labels, weight = batch["label"][:rows], batch["weight"][:rows].double()
+        if self.mean_over_tokens:
+            return token_weights(labels, batch["cu_completions"].diff()[:rows], weight, counts[2])
+        return reduction_weights(labels, weight * torch.where(labels, *class_weights), reduction, counts[0], counts[1])
 
 
 OBJECTIVES: dict[str, Objective] = {
     "bco": Objective(bco_loss, "labels", beta=0.1, shift="ema"),
     "bce": Objective(bce_loss, "labels", beta=0.1),
-    "kto": Objective(kto_loss, "labels", beta=0.1),
+    "kto": Objective(kto_loss, "labels", beta=0.1, mismatched=True),
     "una_binary_mse": Objective(una_binary_mse_loss, "labels", beta=0.01, shift="fixed"),
     "una_binary_bce": Objective(una_binary_bce_loss, "labels", beta=0.01, shift="fixed"),
     "una_score": Objective(una_score_loss, "scores", beta=0.03, shift="fixed"),
     "una_reward": Objective(una_reward_loss, "rewards", beta=0.03, shift="ema"),
-    "bnf": Objective(bnf_loss, "labels"),
-    "sft": Objective(sft_loss, "labels", reference=False, lengths=True),
+    "bnf": Objective(bnf_loss, "labels", per_token=True),
+    "sft": Objective(sft_loss, "labels", reference=False, lengths=True, mean_over_tokens=True),
     "una_pair": Objective(una_pair_loss, "pairs", beta=0.1),
     "dpo": Objective(dpo_loss, "pairs", beta=0.1),
-    "ipo": Objective(ipo_loss, "pairs", beta=0.1),
+    "ipo": Objective(ipo_loss, "pairs", beta=0.1, lengths=None),
     "slic": Objective(slic_loss, "pairs", {"slic_delta": "delta", "sft_weight": "sft_weight"}, reference=False),
     "simpo": Objective(simpo_loss, "pairs", {"gamma": "gamma"}, beta=2.0, reference=False, lengths=True),
     "orpo": Objective(orpo_loss, "pairs", {"lam": "lam"}, reference=False, lengths=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIELDS = ("up", "down", "r_up", "r_down", "logp_up", "logp_down", "correct", "error_up", "error_down")
+FIELDS = ("up", "down", "r_up", "r_down", "logp_up", "logp_down", "correct", "error_up", "error_down")
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def unpaired_metrics(sums: Tensor) -> dict[str, Tensor]:
 
     `error_term` is E₊[e^-(r-δ)] + E₋[e^(r-δ)], the gap between BCE and DPO (arXiv 2404.04656, Fig. 3).
     """
-    s = dict(zip(_FIELDS, sums, strict=True))
+    s = dict(zip(FIELDS, sums, strict=True))
     chosen, rejected = s["r_up"] / s["up"], s["r_down"] / s["down"]
     return {
         "rewards/chosen": chosen,

@@ -34,12 +34,14 @@ def _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight) -> Tensor:
     return beta * (logps - ref_logps.detach())
 
 
-def _shift(delta: float | RewardShift, device: torch.device) -> float | Tensor:
-    return delta.value.to(device) if isinstance(delta, RewardShift) else delta
+def _shift(delta: float | RewardShift) -> float | Tensor:
+    return delta.value if isinstance(delta, RewardShift) else delta  # 0-d: it may be on the CPU, nothing is copied
 
 
-def _delta(shift: float | Tensor) -> dict[str, Tensor]:
-    return {"delta": torch.as_tensor(shift, dtype=torch.float32)}
+def _output(per_example, rewards, logps, labels, shift, sample_weight, reduction) -> LossOutput:
+    loss = reduce(per_example, labels, sample_weight, reduction)
+    delta = {"delta": torch.as_tensor(shift, dtype=torch.float32)}
+    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=delta)
 
 
 def bco_loss(
@@ -78,11 +80,10 @@ def bco_loss(
             names the first such row.
     """
     rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
-    shift = _shift(delta, logps.device)
+    shift = _shift(delta)
     sign = torch.where(labels, 1.0, -1.0).to(logps.dtype)
     per_example = -F.logsigmoid(sign * (rewards - shift))
-    loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=_delta(shift))
+    return _output(per_example, rewards, logps, labels, shift, sample_weight, reduction)
 
 
 def bce_loss(
@@ -130,12 +131,12 @@ def kto_loss(
     """
     rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
     check_not_negative(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    kl = torch.as_tensor(kl, dtype=logps.dtype, device=logps.device).detach()
+    kl = torch.as_tensor(kl, dtype=logps.dtype).detach()
     if kl.dim() != 0:
         raise ValueError(f"kl must be one number, the mean over the batch, not {list(kl.shape)}")
     z_ref = beta * kl.clamp(min=0)
     sign = torch.where(labels, 1.0, -1.0).to(logps.dtype)
-    weight = torch.where(labels, logps.new_tensor(desirable_weight), logps.new_tensor(undesirable_weight))
+    weight = torch.where(labels, logps.new_full((), desirable_weight), logps.new_full((), undesirable_weight))
     per_example = weight * torch.sigmoid(-sign * (rewards - z_ref))
     loss = reduce(per_example, labels, sample_weight, reduction)
     return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, z_ref, extra={"kl": kl.clamp(min=0)})
@@ -157,10 +158,9 @@ def una_binary_mse_loss(
     constant c. Arguments, returns and errors are those of `bco_loss`.
     """
     rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
-    shift = _shift(delta, logps.device)
+    shift = _shift(delta)
     per_example = (torch.sigmoid(rewards - shift) - labels.to(logps.dtype)).square()
-    loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=_delta(shift))
+    return _output(per_example, rewards, logps, labels, shift, sample_weight, reduction)
 
 
 def una_binary_bce_loss(
@@ -207,10 +207,9 @@ def una_score_loss(
         raise ValueError(f"scores[{row}] is {float(scores[row])}: outside [0, 1]")
     labels = scores > 0.5
     rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
-    shift = _shift(delta, logps.device)
+    shift = _shift(delta)
     per_example = (torch.sigmoid(rewards - shift) - scores.to(logps.dtype)).square()
-    loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=_delta(shift))
+    return _output(per_example, rewards, logps, labels, shift, sample_weight, reduction)
 
 
 def una_reward_loss(
@@ -232,10 +231,9 @@ def una_reward_loss(
     check_vectors(like="logps", logps=logps, scores=scores)
     labels = scores > 0.5
     rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
-    shift = _shift(delta, logps.device)
+    shift = _shift(delta)
     per_example = (rewards - shift - scores.to(logps.dtype)).square()
-    loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=_delta(shift))
+    return _output(per_example, rewards, logps, labels, shift, sample_weight, reduction)
 
 
 def sft_loss(

@@ -12,16 +12,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..head.linear_logps import HeadStats, fused_linear_logps
+from ..head.linear_logps import head_logps
+from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
 
 TARGETS = "logp_targets"
+ROWS = "logp_rows"
 ENTROPY = "logp_entropy"
 
 
 class _Switch(NamedTuple):
-    """Arithmetic a model family applies to the logits after lm_head. It moves into the operator, so it is switched off
-    in the model for the calls that return log-probabilities."""
+    """Arithmetic that a model family applies to the logits after lm_head. The operator does it instead, so it is
+    switched off in the model during calls that return log-probabilities."""
 
     owner: object
     name: str
@@ -31,14 +34,14 @@ class _Switch(NamedTuple):
 
 @dataclass
 class _HeadCall:
-    """What the patched head needs; `targets` only during a forward pass that wants log-probabilities."""
+    """What the patched head needs; targets and rows only during a forward pass that wants log-probabilities."""
 
-    options: dict[str, object]
-    """Of `fused_linear_logps`, as `patch_model` was given them."""
+    options: HeadOptions
     logit_scale: float = 1.0
     softcap: float | None = None
     switches: list[_Switch] = field(default_factory=list)
     targets: Tensor | None = None
+    rows: Tensor | None = None
     entropy: bool = False
 
 
@@ -51,18 +54,14 @@ class _LogpLinear(nn.Linear):
         call = self.bco_fast
         if call.targets is None:
             return super().forward(hidden)
-        out = fused_linear_logps(
-            hidden,
-            self.weight,
-            call.targets,
-            bias=self.bias,
-            logit_scale=call.logit_scale,
-            softcap=call.softcap,
-            return_entropy=call.entropy,
-            **call.options,
-        )
-        # A gradient of 0 through the entropy would cost as much as any other.
-        return torch.stack((out[0], out[1].detach()), dim=-1) if call.entropy else out
+        ignore_index: int | None = -100
+        if call.rows is not None:  # every row is asked for, so nothing has to be searched
+            hidden, ignore_index = hidden.flatten(0, -2).index_select(0, call.rows), None
+        spec = HeadSpec(call.logit_scale, call.softcap)
+        # The entropy is only read: a gradient of 0 through it would cost as much as any other.
+        how = {"ignore_index": ignore_index, "return_entropy": call.entropy, "entropy_grad": False}
+        out = head_logps(hidden, self.weight, call.targets, self.bias, spec, call.options, **how)
+        return torch.stack(out, dim=-1) if call.entropy else out
 
 
 def _move_post_head(model: nn.Module, call: _HeadCall) -> None:
@@ -93,11 +92,11 @@ def _linears(model: nn.Module) -> list[nn.Module]:
 def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
     if TARGETS not in kwargs:
         return None
-    targets, entropy = kwargs.pop(TARGETS), kwargs.pop(ENTROPY, False)
+    asked = {"targets": kwargs.pop(TARGETS), "rows": kwargs.pop(ROWS, None), "entropy": kwargs.pop(ENTROPY, False)}
     for linear in _linears(model):
         if type(linear) is not _LogpLinear:
             raise TypeError(_refusal(model, linear))
-        linear.bco_fast.targets, linear.bco_fast.entropy = targets, entropy
+        vars(linear.bco_fast).update(asked)
         for switch in linear.bco_fast.switches:
             setattr(switch.owner, switch.name, switch.neutral)
     return args, kwargs
@@ -106,7 +105,7 @@ def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
 def _clear_targets(model: nn.Module, args: tuple, output) -> None:
     for linear in _linears(model):
         if type(linear) is _LogpLinear and linear.bco_fast.targets is not None:
-            linear.bco_fast.targets, linear.bco_fast.entropy = None, False
+            vars(linear.bco_fast).update(targets=None, rows=None, entropy=False)
             for switch in linear.bco_fast.switches:
                 setattr(switch.owner, switch.name, switch.value)
 
@@ -138,7 +137,7 @@ def _check_kind(model: nn.Module) -> None:
 def patch_model(
     model: nn.Module,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
     stats: HeadStats | None = None,
@@ -148,13 +147,14 @@ def patch_model(
 
         logps = model(input_ids, attention_mask=mask, logp_targets=targets, use_cache=False).logits     # [B, T]
 
-    `logp_targets[b, t]` is the token that position t predicts, -100 where nobody asks; with `logp_entropy=True` the
-    result is [B, T, 2], log-probabilities and entropies, the latter without gradient. Any other call is unchanged.
-    The model is patched in place; patching it again only updates the options.
+    `logp_targets[b, t]` is the token that position t predicts, -100 where none is asked for. With `logp_rows` [K], the
+    positions of the flattened hidden states that predict, targets and result are [K] (`data.batch` makes both). With
+    `logp_entropy=True` the result gets a last dimension of 2, log-probabilities and entropies, the latter without
+    gradient. Any other call is unchanged. The model is patched in place; patching it again only updates the options.
 
     Args:
         model: a causal language model whose output embedding is a plain `nn.Linear`.
-        backend, workspace_bytes, sparse_tolerance, stats: of `fused_linear_logps`.
+        backend, workspace_bytes, sparse_tolerance, stats: see `fused_linear_logps`.
         verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
             logits which this library does not know.
 
@@ -171,12 +171,7 @@ def patch_model(
     for linear in linears:
         if type(linear) not in (nn.Linear, _LogpLinear):
             raise TypeError(_refusal(model, linear))
-    options = {
-        "backend": backend,
-        "workspace_bytes": workspace_bytes,
-        "sparse_tolerance": sparse_tolerance,
-        "stats": stats,
-    }
+    options = HeadOptions(backend, workspace_bytes, sparse_tolerance, stats)
     fresh = [linear for linear in linears if type(linear) is nn.Linear]
     for linear in linears:
         if linear not in fresh:
@@ -185,71 +180,88 @@ def patch_model(
         return model
     call = _HeadCall(options)
     _move_post_head(model, call)
+    known = not any(p.is_meta for p in model.parameters())
+    if verify and known:
+        _verify_logits(model, linears[-1], call)
     for linear in fresh:
         linear.__class__ = _LogpLinear
         linear.bco_fast = call
-    hooks = (
-        model.register_forward_pre_hook(_set_targets, with_kwargs=True),
-        model.register_forward_hook(_clear_targets, always_call=True),
-    )
-    try:
-        if verify and not any(p.is_meta for p in model.parameters()):
-            _verify(model, linears[-1])
-    except BaseException:
-        for hook in hooks:
-            hook.remove()
-        for linear in fresh:
-            del linear.bco_fast
-            linear.__class__ = nn.Linear
-        raise
+    model.register_forward_pre_hook(_set_targets, with_kwargs=True)
+    model.register_forward_hook(_clear_targets, always_call=True)
     return model
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, head: nn.Linear) -> None:
-    training = model.training
+def _verify_logits(model: nn.Module, head: nn.Linear, call: _HeadCall) -> None:
+    """Compare the model's logits with what we know of its head, both in float32 and from the same hidden states.
+
+    Through the whole model in bfloat16, the rounding of logits near 30 would hide a wrong scale of 0.9.
+    """
+    raw: list[Tensor] = []
+
+    def in_float32(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        bias = torch.zeros((), device=output.device) if head.bias is None else head.bias.float()
+        pieces = [F.linear(args[0].float(), part.float()) for part in head.weight.split(1 << 13)]
+        raw.append(torch.cat(pieces, dim=-1) + bias)  # the weight is never copied whole
+        return raw[0]
+
+    training, hook = model.training, head.register_forward_hook(in_float32)
     model.eval()
     try:
         tokens = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
-        targets = tokens.roll(-1, dims=1)
         logits = model(input_ids=tokens, use_cache=False).logits.float()
-        expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-        logps = model(input_ids=tokens, use_cache=False, **{TARGETS: targets}).logits
     finally:
+        hook.remove()
         model.train(training)
-    # the model rounds its logits to its dtype; we do not
-    budget = 1e-4 + 8 * torch.finfo(head.weight.dtype).eps * float(logits.abs().max())
-    if logps.shape != expected.shape or not (logps.float() - expected).abs().max() <= budget:
+    ours = raw[0] * call.logit_scale
+    if call.softcap is not None:
+        ours = call.softcap * torch.tanh(ours / call.softcap)
+    if logits.shape != ours.shape or not (logits.log_softmax(-1) - ours.log_softmax(-1)).abs().max() <= 1e-4:
         raise ValueError(
             f"{type(model).__name__} does something to its logits after lm_head that bco_fast does not know: its "
-            f"log-probabilities and ours differ by more than {budget:.1e}. Please open an issue with its name."
+            "log-probabilities and ours differ by more than 1e-4. Please open an issue with its name."
         )
 
 
 class HeadOutput(NamedTuple):
-    """What one forward pass of a patched model says of the tokens asked for; float32, nats, 0 where nobody asks."""
+    """What one forward pass of a patched model says about the targets."""
 
-    logps: Tensor  # the shape of targets
+    logps: Tensor
+    """[K], or the shape of the targets where the batch has no rows; float32, nats."""
     entropy: Tensor | None
+    """The same shape."""
     aux_loss: Tensor | None
     """The load-balancing loss of a mixture of experts, unweighted, if its config asks for it (output_router_logits)."""
 
 
 def forward_logps(
     model: nn.Module,
-    batch: Mapping[str, Tensor],  # input_ids, targets and attention_mask or position_ids: [B, T]
+    batch: Mapping[str, Tensor],
     *,
     return_entropy: bool = False,
 ) -> HeadOutput:
-    """Run a patched model. A packed batch has position_ids, which start again at 0 with every sequence, and no mask."""
-    options = {ENTROPY: True} if return_entropy else {}
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    out = model(**inputs, use_cache=False, **{TARGETS: batch["targets"]}, **options)
+    """Run a patched model on a batch of the form that `data.batch` describes.
+
+    Our batches are padded on the right, where causal attention does not look, so attention runs without a mask, with the
+    kernels that need none; only the load-balancing loss of a mixture of experts reads it. A batch from another trainer may
+    have targets [B, T], -100 where none is asked for, in place of rows and targets [K]; its mask is passed on.
+    """
+    config = getattr(model, "module", model).config  # of what DDP or DeepSpeed wraps
+    names = ["input_ids", "position_ids"]
+    if "rows" not in batch or getattr(config, "output_router_logits", False):
+        names += ["attention_mask"]
+    if str(getattr(config, "_attn_implementation", "")).startswith("flash_attention"):
+        names += ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"]
+    inputs = {name: batch[name] for name in names if name in batch}
+    asked = {TARGETS: batch["targets"]} | ({ROWS: batch["rows"]} if "rows" in batch else {})
+    if return_entropy:
+        asked[ENTROPY] = True
+    out = model(**inputs, use_cache=False, **asked)
     logps, entropy = out.logits.unbind(-1) if return_entropy else (out.logits, None)
     return HeadOutput(logps, entropy, getattr(out, "aux_loss", None))
 
 
-def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:  # the shape of targets
+def completion_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The log-probabilities alone; see `forward_logps`."""
     return forward_logps(model, batch).logps
 

@@ -1,21 +1,18 @@
-"""Online alignment: prompts in, completions sampled from the policy, a reward, and an unpaired objective on the result.
+"""Online alignment: completions sampled from the policy, judged by a reward, trained on with an unpaired objective.
 
-UNA's fourth application (Wang et al., arXiv 2408.15339, section 2.3.4): the difference between the implicit reward
-β (logp − logp_ref) and an explicit one is minimised on the policy's own completions. Training goes in rounds: a round is
-sampled by the policy as it stands, judged, kept as a feedback file, and trained on for `steps_per_round` steps.
+UNA's fourth application (Wang et al., arXiv 2408.15339, section 2.3.4) minimises the difference between the implicit
+reward β (logp − logp_ref) and an explicit one on the policy's own completions. Training proceeds in rounds: the current
+policy samples a round, the reward judges it, it is kept as a feedback file, and `steps_per_round` steps train on it.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import logging
 import math
 import os
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +24,22 @@ from transformers import Trainer
 from ..data.batch import collate
 from ..data.chat import Message
 from ..data.dataset import Example, FeedbackDataset
+from ..data.prompts import is_chat, prompt_ids, read_prompts
 from ..data.samplers import mismatched
-from ..files import atomic_text
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
+from ..training.step import Step
 from ..training.trainer import FeedbackTrainer
 from .config import OnlineConfig
 from .generators import Generator, HuggingFaceGenerator, VllmGenerator
-from .prompts import Prompt, is_chat, prompt_ids, read_prompts
 from .rewards import RewardError, score
+from .rounds import Sampled, read_round, shuffled, write_round
 
 logger = logging.getLogger("bco_fast")
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    """One completion of a round, before and after it was judged."""
-
-    prompt: Prompt
-    columns: dict
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    completion: str
-    reward: float = math.nan
-
-
 class _Indices(torch.utils.data.Dataset):
-    """Row numbers of the whole run; the rows themselves are made when their step begins, by the policy of that moment."""
+    """Row numbers of the whole run; the policy samples the rows when their step begins."""
 
     def __init__(self, rows: int):
         self.rows = rows
@@ -76,22 +62,21 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         model: a Hugging Face causal language model, or the path of one.
         args: an `OnlineConfig`.
         prompts: see `read_prompts`.
-        reward: a callable with TRL's reward signature, `reward(prompts=[...], completions=[...], **columns)` -> numbers,
-            where columns are the prompts' further ones; prompts that are chats come as messages, their completions as
-            lists of one message. `rewards.SequenceReward` makes one of a classification model.
+        reward: a callable with TRL's reward signature, `reward(prompts=[...], completions=[...], **columns)` -> numbers.
+            columns are the other columns of the prompts. Chat prompts are passed as messages, and their completions as
+            lists of one message. `rewards.SequenceReward` wraps a classification model.
         processing_class: the tokenizer.
         eval_prompts: held-out prompts; `evaluate` samples them and reports `eval_reward`.
-        ref_model: the reference, which stays in memory. Without it the base of an adapted model, or else a copy of
-            `model`, is.
-        generator: what samples, in place of what `args.generator` names.
+        ref_model: the reference, which stays in memory; by default the base of an adapted model, or a copy of `model`.
+        generator: samples completions in place of the one that `args.generator` names.
         **kwargs: of `FeedbackTrainer`.
 
     Completions and rewards of every round are kept in output_dir/rounds/round-NNNNN.jsonl, a feedback file that offline
-    training can read. A run resumed in the middle of a round finds it there and samples nothing again.
+    training can read. A run resumed in the middle of a round reads it from there and samples nothing again.
 
     Raises:
-        RewardError: a reward is not finite, their number is wrong, or the reward raised: the prompt is named, the
-            completions are kept, and a checkpoint is written from which the run goes on.
+        RewardError: a reward is not finite, their number is wrong, or the reward raised. The prompt is named, the
+            completions are kept, and a checkpoint is written to resume from.
         FeedbackError, TypeError, ValueError: as `FeedbackTrainer`; rounds of an earlier run in output_dir.
     """
 
@@ -185,12 +170,12 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         return Path(self.args.output_dir) / "rounds"
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # The loader runs a batch ahead of training, so it carries numbers only; what they stand for is sampled here.
+        # The loader runs a batch ahead of training, so it carries row numbers only; the rows are sampled here.
         indices, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         if not indices:
             return indices, None
         batches = [self._prepare_inputs(self._batch(batch["row"].tolist())) for batch in indices]
-        return batches, self._whole_step(batches)
+        return batches, Step.of(batches)
 
     def _batch(self, indices: list[int]) -> dict[str, Tensor]:
         args, items = self.args, []
@@ -198,7 +183,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             number, place = divmod(index, self.round_rows * args.replay_epochs)
             epoch, place = divmod(place, self.round_rows)
             dataset = self._round_dataset(number)
-            items.append(dataset[_shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows)[place]])
+            items.append(dataset[shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows)[place]])
         return collate(items, self.pad_token_id)
 
     def _round_dataset(self, number: int) -> FeedbackDataset:
@@ -206,11 +191,11 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             return self._round[1]
         judged = self._folder / f"round-{number:05d}.jsonl"
         if judged.is_file():
-            whole = _read(judged)
+            whole = read_round(judged)
         else:
             whole = self._judged(number)
             if self.accelerator.is_main_process:
-                _write(judged, whole, self._row)
+                write_round(judged, whole, self.args.reward_threshold)
                 self._unjudged(number).unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
         dataset = self._with_reference(whole)
@@ -221,12 +206,12 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
     def _unjudged(self, number: int) -> Path:
         return self._folder / f"sampled-{number:05d}.jsonl"
 
-    def _judged(self, number: int) -> list[_Sampled]:
+    def _judged(self, number: int) -> list[Sampled]:
         """The round's completions with their rewards; completions that were sampled before are not sampled again."""
         kept = self._unjudged(number)
-        sampled = _read(kept) if kept.is_file() else self._sample(self._round_prompts(number), number)
+        sampled = read_round(kept) if kept.is_file() else self._sample(self._round_prompts(number), number)
         if not kept.is_file() and self.accelerator.is_main_process:
-            _write(kept, sampled, self._row)
+            write_round(kept, sampled, self.args.reward_threshold)
         self.accelerator.wait_for_everyone()
         try:
             return self._rewarded(sampled)
@@ -243,10 +228,10 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         chosen = []
         for place in range(number * count, (number + 1) * count):
             turn, at = divmod(place, len(self.prompts))
-            chosen.append(self.prompts[_shuffled(f"{self.args.seed}/prompts/{turn}", len(self.prompts))[at]])
+            chosen.append(self.prompts[shuffled(f"{self.args.seed}/prompts/{turn}", len(self.prompts))[at]])
         return [prompt for prompt in chosen for _ in range(self.args.samples_per_prompt)]
 
-    def _sample(self, prompts: list[tuple[dict, list[int]]], number: int) -> list[_Sampled]:
+    def _sample(self, prompts: list[tuple[dict, list[int]]], number: int) -> list[Sampled]:
         """Every rank samples its share; all of them get all."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         mine = prompts[rank::ranks]
@@ -254,7 +239,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         completions = self.generator(policy, [ids for _, ids in mine], seed)
         made = [
-            _Sampled(
+            Sampled(
                 row["prompt"],
                 {name: value for name, value in row.items() if name != "prompt"},
                 list(ids),
@@ -272,7 +257,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             whole[other::ranks] = share
         return whole
 
-    def _rewarded(self, sampled: list[_Sampled]) -> list[_Sampled]:
+    def _rewarded(self, sampled: list[Sampled]) -> list[Sampled]:
         names = sorted({name for row in sampled for name in row.columns})
         columns = {name: [row.columns.get(name) for row in sampled] for name in names}
         completions = [
@@ -297,18 +282,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             )
         return values.tolist()
 
-    def _row(self, row: _Sampled) -> dict:
-        """As a feedback row, with what resuming needs beside it."""
-        record = {**row.columns, "prompt": row.prompt, "completion": row.completion}
-        if not math.isnan(row.reward):
-            record |= {"label": row.reward > self.args.reward_threshold, "reward": row.reward}
-        return record | {
-            "prompt_ids": row.prompt_ids,
-            "completion_ids": row.completion_ids,
-            "columns": sorted(row.columns),
-        }
-
-    def _with_reference(self, rows: list[_Sampled]) -> FeedbackDataset:
+    def _with_reference(self, rows: list[Sampled]) -> FeedbackDataset:
         scores = self._scores([row.reward for row in rows])
         examples = [
             Example(
@@ -321,7 +295,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             for row, value in zip(rows, scores, strict=True)
         ]
         dataset = FeedbackDataset(examples)
-        if self.args.loss_type == "kto":
+        if self.objective.mismatched:
             dataset.mismatched = mismatched(dataset, max_length=self.args.max_length)
         if self.objective.reference:
             for part in (dataset, dataset.mismatched):
@@ -351,7 +325,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         model.train(training)
         return values
 
-    def _log_round(self, number: int, rows: list[_Sampled], dataset: FeedbackDataset) -> None:
+    def _log_round(self, number: int, rows: list[Sampled], dataset: FeedbackDataset) -> None:
         rewards = np.array([row.reward for row in rows])
         logs = {
             "round": number,
@@ -380,27 +354,3 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffled(seed: str, count: int) -> list[int]:
-    """An order of `count` rows; asked for once a row, so the last few are kept."""
-    order = list(range(count))
-    random.Random(seed).shuffle(order)  # noqa: S311 - an order of rows, not a secret
-    return order
-
-
-def _write(path: Path, rows: list[_Sampled], as_record: Callable[[_Sampled], dict]) -> None:
-    with atomic_text(path) as file:
-        file.writelines(json.dumps(as_record(row), ensure_ascii=False) + "\n" for row in rows)
-
-
-def _read(path: Path) -> list[_Sampled]:
-    rows = []
-    # not splitlines: a completion may hold U+2028, which JSON leaves as it is
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
-        record = json.loads(line)
-        columns = {name: record[name] for name in record["columns"]}
-        ids = (record["prompt_ids"], record["completion_ids"])
-        rows.append(_Sampled(record["prompt"], columns, *ids, record["completion"], record.get("reward", math.nan)))
-    return rows

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batch import collate, collate_packed
+from ..data.batch import collate_tokens, to_device
 from ..data.dataset import Example
+from ..data.samplers import token_batches
 from ..models.patch import completion_logps, logp_budget
 from .cache import CacheError, FillPlan, ReferenceCache
 
@@ -65,7 +66,7 @@ def fill(
         adapter: of a PEFT model, keep its active adapters switched on; otherwise the reference is the base model.
         check_tokens: verify the per-token values of the rows that are there (1 GB a second) and compute damaged ones
             again, with a warning. Without it a damaged row shows when it is read; sums are verified either way.
-        packed: run sequences end to end instead of padding them (`packing.collate_packed`); by default where
+        packed: run sequences end to end instead of padding them (`data.batch`); by default where
             FlashAttention runs them so without a mask. Other attention builds a mask of all pairs of tokens.
 
     Raises:
@@ -124,9 +125,11 @@ def _compute(
 
         def compute(keys: list[bytes]) -> list[np.ndarray]:
             values: list[np.ndarray] = []
-            for batch in _batches([missing[key] for key in keys], plan.tokens_per_batch):
-                values += token_logps(model, batch, pad_token_id, packed)
-                bar.update(sum(map(len, batch)))
+            examples = [missing[key] for key in keys]
+            lengths = [len(example) for example in examples]
+            for chosen in token_batches(lengths, range(len(examples)), plan.tokens_per_batch):
+                values += token_logps(model, [examples[i] for i in chosen], pad_token_id, packed)
+                bar.update(sum(lengths[i] for i in chosen))
             return values
 
         def found(keys: Sequence[bytes]) -> None:
@@ -136,27 +139,13 @@ def _compute(
         return cache.build(order, compute, rows_per_shard=plan.rows_per_shard, share=ranks, found=found)
 
 
-def _batches(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
-    batch: list[Example] = []
-    for example in examples:
-        if batch and (len(batch) + 1) * max(len(batch[0]), len(example)) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
-
-
 def token_logps(
     model: nn.Module, examples: Sequence[Example], pad_token_id: int, packed: bool = False
 ) -> list[np.ndarray]:
     """Per-token log-probabilities of each completion."""
-    device = next(model.parameters()).device
-    batch = (collate_packed if packed else collate)([(example, 0.0) for example in examples], pad_token_id)
-    logps = completion_logps(model, {name: tensor.to(device) for name, tensor in batch.items()})
-    logps = logps.float().cpu().numpy()
-    rows = np.split(logps[0], batch["cu_seqlens"][1:-1].numpy()) if packed else logps
-    return [row[e.completion_start - 1 : len(e) - 1] for row, e in zip(rows, examples, strict=True)]
+    batch = collate_tokens(examples, pad_token_id, packed=packed)
+    logps = completion_logps(model, to_device(batch, next(model.parameters()).device))
+    return np.split(logps.float().cpu().numpy(), batch["cu_completions"][1:-1].numpy())
 
 
 def _spot_check(cache: ReferenceCache, hits: dict[bytes, Example], model: nn.Module, pad_token_id: int) -> None:

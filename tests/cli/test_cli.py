@@ -14,7 +14,7 @@ from bco_fast.losses import OBJECTIVES
 DATA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval_feedback.jsonl"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(path)
@@ -55,7 +55,12 @@ def test_train_ends_with_one_line_of_json(model_dir, tmp_path, capfd):
     assert (again["cache_hits"], again["cache_computed"]) == (60, 0)
 
 
-@pytest.mark.parametrize("loss_type", list(OBJECTIVES))
+FIRST = {"bco", "kto", "bnf", "una_score", "una_reward", "dpo", "simpo"}  # of each kind of data and of loss
+
+
+@pytest.mark.parametrize(
+    "loss_type", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_every_objective_from_the_command_line(model_dir, tmp_path, capfd, loss_type):
     data = tiny.write(tmp_path / "other.jsonl", tiny.feedback_for(loss_type, 30))
     options = {"kto": {"desirable_weight": "auto"}, "bco": {"batch_composition": "stratified", "reduction": "class_mean"}, "dpo": {"beta": 0.2}}  # fmt: skip
@@ -157,13 +162,27 @@ def test_commands_and_help(capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
-def test_train_help_lists_options_with_their_meaning():
-    run = subprocess.run([sys.executable, "-m", "bco_fast.cli", "train", "--help"], capture_output=True, text=True)
-    assert run.returncode == 0
+def test_train_help_lists_options_with_their_meaning(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capfd.readouterr().out
     for text in ("--data", "--beta", "Reward per nat", "--learning_rate", "--cache_dir", "--eval_fraction"):
-        assert text in run.stdout
+        assert text in shown
 
 
+def test_help_and_version_import_nothing_slow():
+    """Both take a tenth of a second; torch alone takes seconds."""
+    code = (
+        "import sys; from bco_fast import cli; cli.main(['--help']); cli.main(['--version'])\n"
+        "print(*{'torch', 'numpy', 'transformers', 'yaml', 'matplotlib'} & set(sys.modules), sep='', end='|')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "bco-fast shifts" in run.stdout, run.stderr
+    assert run.stdout.endswith("\n|")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_file(), reason="the file of real feedback is not here")
 def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     """1,610 judged completions: the reference is computed once, and the held-out margin rises above the untrained
@@ -176,12 +195,12 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     ).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     options = {
-        "data": DATA, "max_length": 192, "max-steps": 60, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
+        "data": DATA, "max_length": 192, "max-steps": 40, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     summaries = []
-    for _ in range(2):
-        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options)) == 0
+    for again in ({}, {"max-steps": 1}):
+        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options | again)) == 0
         summaries.append(json.loads(capfd.readouterr().out.strip().splitlines()[-1]))
     first, second = summaries
     assert first["rows"] + first["held_out_rows"] == 1610

@@ -38,12 +38,14 @@ def test_targets_are_the_completion_shifted():
     dataset.ref_logps = np.array([-3.0, -4.0])
     batch = collate([dataset[0], dataset[1]], pad_token_id=1)
     assert batch["input_ids"].shape == (2, 9)
+    cu = batch["cu_completions"].tolist()
     for row, example in enumerate(dataset.examples):
-        targets = batch["targets"][row]
-        asked = targets >= 0
-        assert targets[asked].tolist() == example.input_ids[6:].tolist()
-        assert asked.nonzero()[:, 0].tolist() == list(range(5, len(example) - 1))
+        asked = slice(*cu[row : row + 2])
+        assert batch["targets"][asked].tolist() == example.input_ids[6:].tolist()
+        assert batch["rows"][asked].tolist() == [9 * row + t for t in range(5, len(example) - 1)]
         assert batch["attention_mask"][row].sum() == len(example)
+    assert cu == [0, 3, 5]
+    assert batch["counts"].tolist() == [1, 1, 3]
     assert batch["input_ids"][1, 8] == 1
     assert batch["label"].tolist() == [True, False]
     assert batch["weight"].tolist() == [1.0, 0.5]
@@ -92,7 +94,7 @@ BAD = {
     "completion is null": ({**GOOD, "completion": None}, "completion must be a string or a list of messages, not NoneType", "labels"),
     "completion is empty": ({**GOOD, "completion": ""}, "completion is empty", "labels"),
     "chosen is blank": ({**PAIR, "chosen": " \n"}, "chosen is empty", "pairs"),
-    "half a character": ({**GOOD, "completion": "\ud83d"}, "completion has a lone surrogate, which is no text", "labels"),
+    "half a character": ({**GOOD, "completion": "\ud83d"}, "completion has a lone surrogate, which is not text", "labels"),
     "label is 1": ({**GOOD, "label": 1}, "label must be true or false, not 1", "labels"),
     "label is a word": ({**GOOD, "label": "true"}, "label must be true or false, not 'true'", "labels"),
     "label is long": ({**GOOD, "label": "x" * 999}, "label must be true or false, not 'xxx", "labels"),
@@ -125,7 +127,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, caplog, monkeypatch
     assert "feedback.jsonl:3" in caplog.text
 
 
-def test_each_kind_of_bad_row_has_its_own_complaint():
+def test_each_kind_of_bad_row_has_its_own_reason():
     assert len({reason for _, reason, _ in BAD.values()}) == len(BAD) >= 16
 
 

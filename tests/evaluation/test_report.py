@@ -1,11 +1,11 @@
 """`bco-fast report`, and what a run leaves for it: run.json, held_out.jsonl, a model card at every checkpoint."""
 
 import base64
-import hashlib
 import html.parser
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import tiny
 import yaml
 
 from bco_fast import cli
-from bco_fast.evaluation.plots import PLOTS, auc, correlation
+from bco_fast.evaluation.plots import PLOTS, correlation
 from bco_fast.evaluation.report import _slug, _tell_apart, write_report
 from bco_fast.evaluation.run_reading import ReportError, load_run
 from bco_fast.losses import OBJECTIVES
@@ -26,7 +26,7 @@ from bco_fast.training.record import public, public_options
 FILE = Path(__file__)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("secret-home") / "tiny"
     tiny.model().save_pretrained(path)
@@ -47,12 +47,12 @@ def _train(model_dir, folder, *, loss_type="bco", **changes):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(model_dir, tmp_path_factory):
     return _train(model_dir, tmp_path_factory.mktemp("bco"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def paired(model_dir, tmp_path_factory):
     return _train(model_dir, tmp_path_factory.mktemp("simpo"), loss_type="simpo")
 
@@ -172,7 +172,7 @@ def test_the_card_of_an_adapter_is_ours_and_names_no_path(model_dir, tmp_path):
     # the checkpoint was committed with this card, not with PEFT's
     manifest = json.loads((folder / "checkpoint-2" / "manifest.json").read_text())
     card = (folder / "checkpoint-2" / "README.md").read_bytes()
-    assert manifest["files"]["README.md"]["sha256"] == hashlib.sha256(card).hexdigest()
+    assert manifest["files"]["README.md"]["crc32"] == f"{zlib.crc32(card):08x}"
     record = json.loads((folder / "run.json").read_text())
     assert 0 < record["trained_parameters"] < record["parameters"]
 
@@ -410,13 +410,7 @@ def test_a_page_that_cannot_be_written(run, tmp_path):
     assert cli.main(["report"]) == 2
 
 
-def test_auc_and_correlation_are_exact():
-    import torch
-
-    rng = np.random.default_rng(0)
-    reward, label = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.3
-    assert auc(reward, label) == pytest.approx(exact_auc(torch.tensor(reward), torch.tensor(label)), abs=1e-12)
-    assert np.isnan(auc(reward, np.ones(60, bool)))
+def test_correlation_is_exact():
     assert correlation(np.arange(5.0), -2 * np.arange(5.0)) == pytest.approx(-1)
     assert np.isnan(correlation(np.ones(5), np.arange(5.0)))
     assert np.isnan(correlation(np.arange(2.0), np.arange(2.0)))

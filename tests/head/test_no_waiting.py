@@ -3,16 +3,13 @@
 import itertools
 
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bco_fast import FeedbackConfig, FeedbackTrainer, RewardShift, fused_bco_loss, fused_bnf_loss
+from bco_fast import RewardShift, fused_bco_loss, fused_bnf_loss
 from bco_fast.head import dispatch
 from bco_fast.head.backends import torch as chunked
 from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
-from bco_fast.losses import OBJECTIVES
-from bco_fast.models.patch import HeadOutput
 
 
 def test_reading_a_number_would_raise():
@@ -35,49 +32,6 @@ def test_the_torch_backend(dtype):
         grads = chunked.backward(out.logps, out.entropy, saved, HeadNeed(True, True, True), 60_000)
         assert [g.dtype for g in grads] == [dtype] * 3
         assert all(g.is_meta for g in grads)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_the_trainers_loss(name, packed, tmp_path, monkeypatch):
-    """All but the model, which is a library's."""
-    import bco_fast.training.trainer as module
-
-    def forward(model, inputs, return_entropy=False):
-        made = [
-            torch.empty(inputs["targets"].shape, device="meta", requires_grad=torch.is_grad_enabled()) for _ in range(2)
-        ]
-        logps.append(made[0])
-        return HeadOutput(made[0], made[1] if return_entropy else None, None)
-
-    logps: list[torch.Tensor] = []
-    tiny.write(tmp_path / "feedback.jsonl", tiny.feedback_for(name, 8))
-    options = {"padding_free": True, "tokens_per_batch": 256} if packed else {"per_device_train_batch_size": 4}
-    config = FeedbackConfig(
-        output_dir=str(tmp_path / "out"),
-        loss_type=name,
-        max_length=64,
-        max_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        **options,
-    )
-    trainer = FeedbackTrainer(
-        tiny.model(), config, tmp_path / "feedback.jsonl", processing_class=tiny.build_tokenizer()
-    )
-    batch = {key: x.to("meta") for key, x in next(iter(trainer.get_train_dataloader())).items()}
-    monkeypatch.setattr(module, "forward_logps", forward)
-    monkeypatch.setattr(module, "completion_logps", lambda model, inputs: forward(model, inputs).logps)
-    monkeypatch.setattr(FeedbackConfig, "device", torch.device("meta"))
-    monkeypatch.setattr(trainer, "_prepare_inputs", lambda inputs: {key: x.to("meta") for key, x in inputs.items()})
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    assert loss.is_meta
-    assert logps[-1].grad.is_meta
-    _, logits, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
-    assert logits.is_meta
-    assert labels.is_meta
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])

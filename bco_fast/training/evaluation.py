@@ -1,0 +1,53 @@
+"""Metrics of a whole evaluation set, from numbers that every batch of it leaves behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.batch import Batch
+from ..losses import LossOutput, Objective
+from ..losses.metrics import auc, unpaired_metrics, unpaired_sums
+
+COLUMNS = ("rewards", "logps", "per_example", "threshold", "weight", "lengths")
+
+
+def evaluation_rows(out: LossOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What evaluation keeps of a batch: numbers [items, sides, COLUMNS] float64, and labels [items, sides] bool.
+
+    One row for each item of the dataset, so that gathering over ranks can drop what padded the last batch.
+    """
+    sides = 1 + out.paired
+    columns = {
+        "rewards": out.rewards,
+        "logps": out.logps,
+        "per_example": out.per_example.repeat(sides),
+        "threshold": torch.zeros_like(out.rewards) + out.threshold,
+        "weight": batch["weight"],
+        "lengths": batch["cu_completions"].diff(),
+    }
+    rows = torch.stack([columns[name].detach().double() for name in COLUMNS], dim=-1)
+    return torch.stack(rows.chunk(sides), dim=1), torch.stack(out.labels.chunk(sides), dim=1)
+
+
+def evaluation_metrics(
+    columns: Tensor,  # [items, sides, COLUMNS]
+    labels: Tensor,  # [items, sides] bool
+    objective: Objective,
+    **weighting,
+) -> dict[str, float | Tensor]:
+    """Loss and metrics of all rows together: no mean of means over batches.
+
+    Args:
+        weighting: `reduction` and `class_weights` of `Objective.weights`.
+    """
+    found = dict(zip(COLUMNS, columns.transpose(0, 1).flatten(0, 1).unbind(-1), strict=True))
+    labels, paired = labels.T.flatten(), objective.paired
+    sums = unpaired_sums(found["rewards"], found["logps"], labels, found["threshold"], paired=paired)
+    counts = torch.stack([sums[0], 0 * sums[1] if paired else sums[1], (found["lengths"] * labels).sum()])
+    cu_completions = F.pad(found["lengths"].long().cumsum(0), (1, 0))
+    rows = {"label": labels, "weight": found["weight"], "cu_completions": cu_completions}
+    weights = objective.weights(rows, counts, **weighting)
+    loss = (found["per_example"][: len(weights)] * weights).sum()
+    return {"loss": loss, **unpaired_metrics(sums), "rewards/auc": auc(found["rewards"], labels)}

@@ -1,0 +1,46 @@
+"""From what the trainer is given to the model that it trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from torch import nn
+
+from ..head.types import HeadStats
+from ..models.load import add_adapter, load_model
+from ..models.memory import chunk_mlps
+from ..models.patch import patch_model
+from .checks import check_positions
+from .config import FeedbackConfig
+
+logger = logging.getLogger("bco_fast")
+
+
+def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=None, *, stats: HeadStats) -> nn.Module:
+    """Load the model if it is a path, adapt it, and patch it to return log-probabilities.
+
+    Args:
+        peft_config: of the adapter, in place of the one that `args` describes.
+        stats: filled in by a sparse backward.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        model = load_model(model, args)
+    if (args.use_peft or peft_config is not None) and not hasattr(model, "peft_config"):
+        model = add_adapter(model, args, peft_config)
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    check_positions(model, args.max_length)
+    patch_model(
+        model,
+        backend=args.backend,
+        workspace_bytes=args.workspace_bytes,
+        sparse_tolerance=args.sparse_tolerance,
+        stats=stats if args.sparse_tolerance else None,
+    )
+    if args.mlp_chunk_tokens is not None:
+        chunked = chunk_mlps(model, args.mlp_chunk_tokens)
+        logger.info("%d MLPs run over %d tokens at a time", chunked, args.mlp_chunk_tokens)
+    return model
