@@ -64,10 +64,13 @@ def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:
 
 # First row that fits: least capability (90 is sm_90; 0 is the interpreter and other vendors), most bytes an operand,
 # least hidden size, which forward. Not measured here yet. Published on H100: cuBLAS tile + row kernel 648 to 709
-# TFLOP/s, fused Triton 208 to 469, so Hopper and Blackwell fold; on Ampere and Ada cuBLAS has no such lead, and fused
-# saves the traffic. IEEE float32 has no tensor core in Triton, and cuBLAS is far ahead in it everywhere.
+# TFLOP/s, fused Triton 208 to 469, so Hopper and Blackwell fold. A100 has the bandwidth to fold from about D = 1024 on,
+# where a matmul tile costs more than the traffic of its logits; the consumer cards sm_86 and sm_89 have not. IEEE
+# float32 has no tensor core in Triton, and cuBLAS is far ahead in it everywhere.
 FORWARD_METHODS = (
     (90, 2, 0, "fold"),
+    (86, 2, 0, "fused"),
+    (80, 2, 1024, "fold"),
     (80, 2, 0, "fused"),
     (80, 8, 0, "fold"),
     (0, 8, 0, "fused"),

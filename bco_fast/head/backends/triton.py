@@ -69,12 +69,19 @@ def _group_masses(shares: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(shares, (0, -shares.shape[1] % group)).view(len(shares), -1, group).sum(-1)
 
 
-def _splits(row_blocks: int, column_blocks: int, device: torch.device, most: int) -> int:
-    """Vocabulary ranges: about four programs for every multiprocessor, but at most `most` ranges."""
-    if device.type == "cpu":
-        return max(1, min(2, column_blocks, most))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(column_blocks, triton.cdiv(4 * processors, row_blocks), 65535, most))
+def splits(row_blocks: int, column_blocks: int, processors: int, most: int) -> int:
+    """Vocabulary ranges of the fused forward, at most `most`: the number with the shortest run.
+
+    A program fills a multiprocessor, so programs run in waves, each as long as its range. At least two waves hide a
+    program's start; a tie goes to fewer ranges, whose statistics are fewer.
+    """
+    most = max(min(most, column_blocks, 65535), 1)
+    fewest = min(max(triton.cdiv(2 * processors, row_blocks), 1), most)
+
+    def length(count: int) -> int:
+        return triton.cdiv(row_blocks * count, processors) * triton.cdiv(column_blocks, count)
+
+    return min(range(fewest, min(4 * fewest, most) + 1), key=length)
 
 
 def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> HeadForward:
@@ -85,16 +92,17 @@ def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> 
     extras = entropy or mass or bias is not None or spec.softcap is not None
     config = here(configs.head_logps(hidden.dtype.itemsize, extras=extras))
     row_blocks, column_blocks = triton.cdiv(n, config.block_n), triton.cdiv(v, config.block_v)
-    splits = _splits(row_blocks, column_blocks, device, most=workspace_bytes // (n * (4 * dtype.itemsize + 4)))
-    split = triton.cdiv(column_blocks, splits) * config.block_v
-    splits = triton.cdiv(v, split)
-    part = hidden.new_empty((splits, 4, n), dtype=dtype)
-    part_argmax = targets.new_empty((splits, n), dtype=torch.int32)
+    processors = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    most = workspace_bytes // (n * (4 * dtype.itemsize + 4))
+    split = triton.cdiv(column_blocks, splits(row_blocks, column_blocks, processors, most)) * config.block_v
+    ranges = triton.cdiv(v, split)
+    part = hidden.new_empty((ranges, 4, n), dtype=dtype)
+    part_argmax = targets.new_empty((ranges, n), dtype=torch.int32)
     masses = hidden.new_empty((n, column_blocks), dtype=dtype) if mass else None
     flags = {"HAS_ENTROPY": entropy, "ACC": TRITON_DTYPE[dtype]}
     parts = {"part_ptr": part, "part_argmax_ptr": part_argmax, "target_ptr": targets, "N": n, "V": v}
     launch(
-        head_logps_kernel, (row_blocks, splits), config, device,
+        head_logps_kernel, (row_blocks, ranges), config, device,
         hidden_ptr=hidden, weight_ptr=weight, mass_ptr=masses, D=d, SPLIT=split,
         stride_hn=hidden.stride(0), stride_wv=weight.stride(0), stride_mn=column_blocks,
         HAS_MASS=mass, UPCAST=INTERPRETED, **parts, **flags, **constants(spec, bias),
@@ -104,7 +112,7 @@ def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> 
     launch(
         merge_splits_kernel, (triton.cdiv(n, merge.block_n),), merge, device,
         logp_ptr=logps, row_max_ptr=row_max, row_sum_ptr=row_sum, logit_ptr=logits, entropy_ptr=h, argmax_ptr=argmax,
-        S=splits, **parts, **flags,
+        S=ranges, **parts, **flags,
     )  # fmt: skip
     if mass:
         masses = _group_masses(masses.sub_((row_max + row_sum.log())[:, None]).exp_(), config.block_v)
