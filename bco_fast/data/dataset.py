@@ -32,6 +32,11 @@ class Example:
         """The row's key in the reference cache."""
         return row_key(self.input_ids, self.completion_mask)
 
+    @cached_property
+    def prompt_key(self) -> bytes:
+        """Equal for examples whose prompts are the same tokens, after truncation."""
+        return self.input_ids[: self.completion_start].tobytes()
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -64,11 +69,10 @@ class FeedbackDataset(torch.utils.data.Dataset):
         return len(self.examples) // 2 if self.paired else len(self.examples)
 
     @property
-    def lengths(self) -> list[list[int]]:
-        """Tokens of each sequence of each item: one, or the two sides of a pair."""
-        lengths = [len(example) for example in self.examples]
-        sides = 1 + self.paired
-        return [lengths[i : i + sides] for i in range(0, len(lengths), sides)]
+    def sides(self) -> list[list[Example]]:
+        """The examples of each item: one, or the two sides of a pair."""
+        count = 1 + self.paired
+        return [self.examples[i : i + count] for i in range(0, len(self.examples), count)]
 
     def __getitem__(self, index: int) -> Item | tuple[Item, Item]:
         if self.paired:

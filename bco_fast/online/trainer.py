@@ -182,9 +182,11 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         for index in indices:
             number, place = divmod(index, self.round_rows * args.replay_epochs)
             epoch, place = divmod(place, self.round_rows)
-            dataset = self._round_dataset(number)
-            items.append(dataset[shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows)[place]])
-        return collate(items, self.pad_token_id)
+            # Rows of one prompt stay together where batches share it.
+            together = args.samples_per_prompt if self.layout == "shared" else 1
+            order = shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows // together)
+            items.append(self._round_dataset(number)[order[place // together] * together + place % together])
+        return collate(items, self.pad_token_id, layout=self.layout)
 
     def _round_dataset(self, number: int) -> FeedbackDataset:
         if self._round is not None and self._round[0] == number:
