@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DEVICE = "cuda" if GPU else "cpu"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order, made from this seed")
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)  # noqa: S311
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

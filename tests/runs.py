@@ -1,6 +1,7 @@
 """Small training runs that several tests share."""
 
 import tiny
+import torch
 
 from bco_fast import FeedbackConfig, FeedbackTrainer
 
@@ -27,13 +28,20 @@ def config(tmp_path, **options):
     )
 
 
-def trainer(tmp_path, rows=40, seed=0, **options):
+def reward_error(logps, beta=0.1):
+    """How far apart two float32 computations of a reward may be: it is a difference of log-probabilities of this size,
+    so a small reward keeps their rounding. The bound of a mean of rewards, of δ and of the loss in them too."""
+    return 8 * torch.finfo(torch.float32).eps * beta * abs(logps)
+
+
+def trainer(tmp_path, rows=40, seed=0, ref_model=None, **options):
     return FeedbackTrainer(
         tiny.model(seed=seed),
         config(tmp_path, **options),
         tiny.rows(rows),
         tiny.rows(20, seed=5),
         processing_class=TOKENIZER,
+        ref_model=ref_model,
     )
 
 

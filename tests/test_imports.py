@@ -142,9 +142,28 @@ def _environment():
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def test_importing_the_package_loads_torch_only():
-    code = "import sys, json, bco_fast, bco_fast.head.linear_logps, bco_fast.losses.unpaired; print(json.dumps(sorted(sys.modules)))"
-    loaded = set(json.loads(_python(code)))
+CALL = "bco_fast.fused_linear_logps(torch.ones(2, 3), torch.eye(4, 3), torch.tensor([0, 1])"
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a new interpreter says: the modules loaded by the import, its log of three calls, and how it refuses triton."""
+    code = (
+        "import sys, json, logging, torch, bco_fast, bco_fast.head.linear_logps, bco_fast.losses.unpaired\n"
+        "loaded = sorted(sys.modules)\n"
+        "logging.basicConfig(level='INFO', format='%(message)s', stream=sys.stdout)\n"
+        f"for _ in range(3): {CALL})\n"
+        f"try: {CALL}, backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(json.dumps(loaded))"
+    )
+    *said, loaded = _python(code).splitlines()
+    return set(json.loads(loaded)), said
+
+
+def test_importing_the_package_loads_torch_only(fresh):
+    loaded, _ = fresh
+    assert "bco_fast.losses.unpaired" in loaded
     assert not loaded & {
         "triton",
         "transformers",
@@ -168,23 +187,12 @@ def test_the_schemas_need_no_triton():
     assert "pip install triton" in second
 
 
-def test_triton_on_the_cpu_is_refused_not_replaced():
-    code = (
-        "import torch, bco_fast\n"
-        "try: bco_fast.fused_linear_logps(torch.ones(2, 3), torch.eye(4, 3), torch.tensor([0, 1]), backend='triton')\n"
-        "except RuntimeError as error: print(error)"
-    )
-    assert "backend='triton' needs a GPU" in _python(code)
+def test_triton_on_the_cpu_is_refused_not_replaced(fresh):
+    assert "backend='triton' needs a GPU" in fresh[1][-1]
 
 
-def test_auto_says_once_what_it_chose():
-    code = (
-        "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
-        "import torch, bco_fast, sys\n"
-        "for _ in range(3): bco_fast.fused_linear_logps(torch.ones(2, 3), torch.eye(4, 3), torch.tensor([0, 1]))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
-    assert run.stderr.count("backend 'torch' on cpu") == 1
+def test_auto_says_once_what_it_chose(fresh):
+    assert sum("backend 'torch' on cpu" in line for line in fresh[1]) == 1
 
 
 def test_public_names_exist_and_are_documented():
@@ -196,17 +204,24 @@ def test_public_names_exist_and_are_documented():
         _ = bco_fast.nothing
 
 
-@pytest.mark.parametrize("old", ["trainer.FeedbackTrainer", "models.patch_model", "data.load_feedback", "references.reference_id", "cache.row_key", "packing.TokenBudgetSampler"])  # fmt: skip
-def test_an_old_path_works_and_says_where_it_went(old):
-    module, _, name = old.rpartition(".")
+OLD = ("trainer.FeedbackTrainer", "models.patch_model", "data.load_feedback", "references.reference_id", "cache.row_key", "packing.TokenBudgetSampler")  # fmt: skip
+
+
+def test_old_paths_work_and_say_where_they_went():
     code = (
-        "import warnings, bco_fast; warnings.simplefilter('always')\n"
-        "with warnings.catch_warnings(record=True) as seen:\n"
-        f"    from bco_fast.{module} import {name}\n"
-        "print([str(w.message) for w in seen if w.category is DeprecationWarning and 'bco_fast' in str(w.message)])\n"
-        f"print({name}.__module__)"
+        "import importlib, json, warnings, bco_fast; warnings.simplefilter('always')\n"
+        "found = {}\n"
+        f"for old in {OLD}:\n"
+        "    module, _, name = old.rpartition('.')\n"
+        "    with warnings.catch_warnings(record=True) as seen:\n"
+        "        exec(f'from bco_fast.{module} import {name}')\n"
+        "    said = [str(w.message) for w in seen if w.category is DeprecationWarning and 'bco_fast' in str(w.message)]\n"
+        "    found[old] = (str(said), globals()[name].__module__)\n"
+        "print(json.dumps(found))"
     )
-    said, home = _python(code).splitlines()
-    assert f"bco_fast.{module}" in said
-    assert home in said
-    assert "__main__" not in said
+    found = json.loads(_python(code).splitlines()[-1])
+    assert set(found) == set(OLD)
+    for old, (said, home) in found.items():
+        assert f"bco_fast.{old.rpartition('.')[0]}" in said, old
+        assert home in said, old
+        assert "__main__" not in said, old

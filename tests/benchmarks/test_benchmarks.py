@@ -14,11 +14,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-def _suite(folder, *flags):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--smoke", "--out", folder, *flags]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads((folder / "gpu_suite.json").read_text()), run.stdout
+@pytest.fixture
+def suite(tmp_path, monkeypatch, capsys):
+    import gpu_suite
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--smoke", "--out", str(tmp_path), *flags])
+        gpu_suite.main()
+        return json.loads((tmp_path / "gpu_suite.json").read_text()), capsys.readouterr().out
+
+    return run
 
 
 def _known(row):
@@ -29,8 +34,8 @@ def _known(row):
     )
 
 
-def test_the_gpu_suite_runs_small_on_the_cpu(tmp_path):
-    result, shown = _suite(tmp_path, "--only", "head")
+def test_the_gpu_suite_runs_small_on_the_cpu(suite, tmp_path):
+    result, shown = suite("--only", "head")
     assert result["environment"]["torch"]
     failed = [r for r in result["rows"] if "error" in r]
     assert all(_known(r) for r in failed), failed
@@ -47,7 +52,7 @@ def test_the_gpu_suite_runs_small_on_the_cpu(tmp_path):
     unfinished = {**result["rows"][0], "part": "head, smoke softcap", "unfinished": True}
     kept = [r for r in result["rows"] if r["part"] != unfinished["part"]]
     (tmp_path / "gpu_suite.json").write_text(json.dumps({**result, "rows": [*kept, unfinished]}))
-    again, _ = _suite(tmp_path, "--only", "head")
+    again, _ = suite("--only", "head")
     assert again["rows"][: len(kept)] == kept  # not measured again
     assert {r["case"] for r in again["rows"] if r["part"] == unfinished["part"]} >= {"plain", "torch"}
     assert not any(r.get("unfinished") for r in again["rows"])
@@ -67,8 +72,8 @@ def test_a_part_over_its_time_limit_is_a_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_suite_runs_small_on_the_cpu(tmp_path):
-    rows = _suite(tmp_path)[0]["rows"]
+def test_the_whole_suite_runs_small_on_the_cpu(suite):
+    rows = suite()[0]["rows"]
     assert {"growth", "context"} <= {r["part"] for r in rows}
     assert all("error" not in r or _known(r) for r in rows)
     (context,) = [r for r in rows if r["part"] == "context"]

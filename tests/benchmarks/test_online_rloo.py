@@ -10,6 +10,7 @@ def test_our_side_runs_small(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import online_rloo
 
+    monkeypatch.setattr(online_rloo, "SAMPLES", 1)
     small = ["--budget", "300", "--turns", "1", "--fine-tune-steps", "2", "--cases", online_rloo.OURS]
     online_rloo.main([*small, "--out", str(tmp_path)])
     (row,) = json.loads((tmp_path / "online_rloo.json").read_text())["rows"]

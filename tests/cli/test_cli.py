@@ -55,7 +55,12 @@ def test_train_ends_with_one_line_of_json(model_dir, tmp_path, capfd):
     assert (again["cache_hits"], again["cache_computed"]) == (60, 0)
 
 
-@pytest.mark.parametrize("loss_type", list(OBJECTIVES))
+FIRST = {"bco", "kto", "bnf", "una_score", "una_reward", "dpo", "simpo"}  # of each kind of data and of loss
+
+
+@pytest.mark.parametrize(
+    "loss_type", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_every_objective_from_the_command_line(model_dir, tmp_path, capfd, loss_type):
     data = tiny.write(tmp_path / "other.jsonl", tiny.feedback_for(loss_type, 30))
     options = {"kto": {"desirable_weight": "auto"}, "bco": {"batch_composition": "stratified", "reduction": "class_mean"}, "dpo": {"beta": 0.2}}  # fmt: skip
@@ -176,12 +181,12 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     ).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     options = {
-        "data": DATA, "max_length": 192, "max-steps": 60, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
+        "data": DATA, "max_length": 192, "max-steps": 40, "learning_rate": 2e-3, "per_device_train_batch_size": 16,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     summaries = []
-    for _ in range(2):
-        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options)) == 0
+    for again in ({}, {"max-steps": 1}):
+        assert cli.main(_arguments(tmp_path / "m", tmp_path, **options | again)) == 0
         summaries.append(json.loads(capfd.readouterr().out.strip().splitlines()[-1]))
     first, second = summaries
     assert first["rows"] + first["held_out_rows"] == 1610

@@ -13,8 +13,8 @@ def test_the_rule():
         assert not demo.deserves_thumbs_up("pack two fruit for anna :", wrong)
 
 
-def _run(tmp_path, seed):
-    summary = demo.run(tmp_path, seed=seed)
+def _run(tmp_path, seed, **options):
+    summary = demo.run(tmp_path, seed=seed, **options)
     assert summary["good_after"] >= summary["good_before"] + 0.2
     assert summary["held_out_auc"] > 0.9
     assert summary["held_out_margin"] > 1
@@ -23,7 +23,7 @@ def _run(tmp_path, seed):
 
 
 def test_bco_beats_fine_tuning(tmp_path):
-    summary = _run(tmp_path, seed=0)
+    summary = _run(tmp_path, seed=0, max_steps=100)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (tmp_path / "feedback.jsonl").read_text().splitlines()]
@@ -33,6 +33,7 @@ def test_bco_beats_fine_tuning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_bco_beats_fine_tuning_with_other_seeds(tmp_path, seed):
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_bco_beats_fine_tuning_with_every_seed(tmp_path, seed):
+    """The demo itself, 400 steps."""
     _run(tmp_path, seed)

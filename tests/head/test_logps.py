@@ -217,7 +217,7 @@ def test_strides_do_not_matter(backend):
 def test_expanded_inputs():
     hidden = torch.randn(1, 16).expand(5, 16)
     logps = fused_linear_logps(hidden, torch.randn(30, 16), torch.full((5,), 3))
-    assert (logps == logps[0]).all()
+    assert torch.allclose(logps, logps[0].expand(5), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
@@ -233,7 +233,7 @@ def test_leading_shapes_and_index_dtypes(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_the_workspace_changes_nothing_but_rounding(backend, options):
-    c = case(150, 1100, 40, options=options, bias=True, entropy=True)
+    c = case(80, 700, 40, options=options, bias=True, entropy=True)
     wide = run(c, backend, torch.float64)
     for workspace in (32 << 10, 200_000):
         narrow = run(c, backend, torch.float64, workspace_bytes=workspace)
@@ -335,9 +335,14 @@ def test_the_same_bits_fifty_times_over_many_tiles(backend, dtype):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize(
-    "options", ["everything", *(pytest.param(o, marks=pytest.mark.slow) for o in ("plain", "softcap"))]
+    ("options", "fast_mode"),
+    [
+        ("everything", True),
+        *(pytest.param(o, False, marks=pytest.mark.slow) for o in ("everything", "plain", "softcap")),
+    ],
 )
-def test_gradcheck(backend, bias, entropy, options):
+def test_gradcheck(backend, bias, entropy, options, fast_mode):
+    """`fast_mode` checks a random projection of the Jacobian, not each of its entries."""
     c = case(4, 7, 3, seed=1, bias=bias, entropy=entropy, ignored=0.2, options=options)
     inputs = [t.clone().requires_grad_() for t in (c.hidden, c.weight, c.bias) if t is not None]
 
@@ -345,9 +350,9 @@ def test_gradcheck(backend, bias, entropy, options):
         made = Case(hidden, weight, c.targets, bias, options=c.options)
         return fused_call(made, backend, entropy)
 
-    assert torch.autograd.gradcheck(call, inputs, eps=1e-5, atol=1e-6)
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-5, atol=1e-6, fast_mode=fast_mode)
     frozen = [t.detach() for t in inputs[1:]]
-    assert torch.autograd.gradcheck(lambda h: call(h, *frozen), inputs[:1], eps=1e-5, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda h: call(h, *frozen), inputs[:1], eps=1e-5, atol=1e-6, fast_mode=fast_mode)
 
 
 def test_the_measure_catches_a_zeroed_gradient():

@@ -17,9 +17,16 @@ def _arguments(backend, *, bias, entropy, frozen, softcap):
     return (hidden, weight, targets, b, 0.7, softcap, 1.1, -100, entropy, frozen, backend, 1 << 20, 0.0, None, None)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+FLAGS = list(itertools.product([False, True], [False, True], [None, 5.0]))
+
+
 @pytest.mark.parametrize(
-    ("bias", "entropy", "softcap"), list(itertools.product([False, True], [False, True], [None, 5.0]))
+    ("backend", "bias", "entropy", "softcap"),
+    [("torch", *flags) for flags in FLAGS]
+    + [
+        pytest.param("triton", *flags, marks=() if flags in (FLAGS[0], FLAGS[-1]) else pytest.mark.slow)
+        for flags in FLAGS
+    ],
 )
 def test_opcheck(backend, bias, entropy, softcap):
     options = {"bias": bias, "entropy": entropy, "softcap": softcap}

@@ -1,6 +1,7 @@
 """A vocabulary sharded over ranks gives what one process gives: outputs, and the gradients of every shard."""
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from heads import OPTIONS, Case, case, fused_call, relative_error, run
@@ -33,9 +34,7 @@ def _cases():
     yield case(5, 1000, 24, zeros=1.1)
 
 
-def _rank(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+def _results_of_rank(rank, world):
     found = {}
     first = sum(SHARDS[world][:rank])
     own = slice(first, first + SHARDS[world][rank])
@@ -55,32 +54,30 @@ def _rank(rank, world, folder):
             )
         except IndexError as error:
             errors.append(str(error))
-    torch.save((found, errors), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return found, errors
 
 
 @pytest.mark.parametrize("world", SHARDS)
 def test_ranks_equal_one_process(tmp_path, world):
-    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path)), nprocs=world)
+    per_rank = ranks.run(_results_of_rank, world, tmp_path)
     truths = [run(made, "reference", torch.float64) for made in _cases()]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
-    for _, errors in ranks:
+    for _, errors in per_rank:
         assert "targets[1] is 1000: outside the vocabulary [0, 1000)" in errors[0]
         assert "targets[0] is -5" in errors[1]
     for backend in ("torch", "triton", "triton fold"):
         for number, truth in enumerate(truths):
-            per_rank = [found[f"{backend} {number}"] for found, _ in ranks]
+            shards = [found[f"{backend} {number}"] for found, _ in per_rank]
             for name, expected in truth.items():
                 if name in ("d_weight", "d_bias"):
-                    assert relative_error(torch.cat([p[name] for p in per_rank]), expected) < 3e-6, (
+                    assert relative_error(torch.cat([p[name] for p in shards]), expected) < 3e-6, (
                         backend,
                         number,
                         name,
                     )
                     continue
-                for p in per_rank:
+                for p in shards:
                     assert relative_error(p[name], expected) < 3e-6, (backend, number, name)
-                    assert torch.equal(p[name], per_rank[0][name])
+                    assert torch.equal(p[name], shards[0][name])
 
 
 def test_the_reference_backend_takes_no_group(tmp_path):

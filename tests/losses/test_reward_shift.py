@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import ranks
 import torch
 
 from bco_fast import RewardShift
@@ -143,18 +144,14 @@ def _values(parts):
     return out
 
 
-def _rank(rank: int, store: str, values):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    values[rank] = _values([[[0, 1], [4]], [[2], [3, 5]]][rank])
-    torch.distributed.destroy_process_group()
+def _values_of_rank(rank, world):
+    return _values([[[0, 1], [4]], [[2], [3, 5]]][rank])
 
 
 def test_ranks_share_one_value(tmp_path):
     """In every mode; rank 1 never sees a thumbs up, and both ranks end with the δ of all rows."""
-    with torch.multiprocessing.Manager() as manager:
-        values = manager.dict()
-        torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "store"), values), nprocs=2)
-        alone = _values([[0, 1, 2], [4, 3, 5]])
-        assert values[0] == values[1]
-        assert torch.allclose(torch.tensor(values[0]), torch.tensor(alone), rtol=1e-6)
-        assert len(set(alone)) > 8  # the settings differ
+    first, second = ranks.run(_values_of_rank, 2, tmp_path)
+    alone = _values([[0, 1, 2], [4, 3, 5]])
+    assert first == second
+    assert torch.allclose(torch.tensor(first), torch.tensor(alone), rtol=1e-6)
+    assert len(set(alone)) > 8  # the settings differ

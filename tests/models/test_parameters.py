@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from runs import TOKENIZER
+from runs import TOKENIZER, reward_error
 from runs import config as _config
 from torch import nn
 
@@ -159,10 +159,10 @@ def _gradients(tmp_path, **options):
 def test_saving_memory_changes_no_gradient(tmp_path, options):
     loss, grads = _gradients(tmp_path)
     saved_loss, saved = _gradients(tmp_path, **options)
-    assert torch.allclose(loss, saved_loss, rtol=1e-6)
+    assert torch.allclose(loss, saved_loss, rtol=0, atol=reward_error(logps=30))
     assert grads.keys() == saved.keys()
     for name, grad in grads.items():
-        assert torch.allclose(saved[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max())), name
+        assert (saved[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 def test_activations_are_offloaded_and_weights_are_not():

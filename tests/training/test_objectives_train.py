@@ -5,6 +5,7 @@ import itertools
 import random
 
 import pytest
+import tiny
 import torch
 
 from bco_fast import FeedbackConfig, FeedbackTrainer
@@ -13,7 +14,7 @@ from bco_fast.losses import OBJECTIVES
 
 # One step size for all of them, but where the loss's scale is another: beta 0.5 on completions of four tokens, as in the
 # demo; una_score and una_reward fit numbers between 0 and 1; slic, simpo, orpo and ipo have no beta or their own.
-LEARNING_RATE, STEPS = 3e-4, 60
+LEARNING_RATE, STEPS = 1e-3, 40
 OPTIONS = {
     "sft": {},
     "bnf": {},
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
     prompts = demo.all_prompts()
     rng.shuffle(prompts)
     tokenizer = demo.build_tokenizer()
-    model = demo.build_model(tokenizer, seed=0)
+    model = tiny.model(hidden_size=64, intermediate_size=128, num_key_value_heads=4, std=0.02)
     demo.fine_tune(model, tokenizer, prompts[120:], rng, steps=150)
     rows = [
         {**row, "score": 0.9 if row["label"] else 0.1}
@@ -68,25 +69,14 @@ def _held_out_auc(folder, model, reference, held_out, tokenizer):
     return judge.evaluate()["eval_rewards/auc"]
 
 
-AUC = {}
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_raises_held_out_auc(name, world):
+def test_every_objective_raises_held_out_auc(name, world, record_property):
+    """Against the reference itself every reward is 0, and the AUC of that is 1/2."""
     folder, tokenizer, reference, rows, held_out = world
     torch.manual_seed(0)
     model = copy.deepcopy(reference)
     data = _pairs(rows) if OBJECTIVES[name].data == "pairs" else rows
     FeedbackTrainer(model, _config(folder, name, **OPTIONS.get(name, {"beta": 0.5})), data, processing_class=tokenizer).train()  # fmt: skip
-    AUC[name] = _held_out_auc(folder, model, reference, held_out, tokenizer)
-    assert AUC[name] > 0.6, name
-
-
-def test_the_table(world, capsys):
-    folder, tokenizer, reference, _, held_out = world
-    untouched = _held_out_auc(folder, copy.deepcopy(reference), reference, held_out, tokenizer)
-    assert abs(untouched - 0.5) < 0.05  # the reference against itself: rounding noise
-    with capsys.disabled():
-        print(f"\nheld-out AUC after {STEPS} steps of 32 rows (reference {untouched:.2f})")
-        for name, auc in sorted(AUC.items(), key=lambda entry: -entry[1]):
-            print(f"  {name:16}{auc:6.3f}")
+    auc = _held_out_auc(folder, model, reference, held_out, tokenizer)
+    record_property("figure", f"{auc:.3f} after {STEPS} steps of 32 rows")
+    assert auc > 0.6
