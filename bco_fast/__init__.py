@@ -14,8 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "fused_linear_logps": "head.linear_logps",
     "sequence_logps": "losses.sequence",
-    "HeadStats": "head.linear_logps",
-    "frequency_order": "head.linear_logps",
+    "HeadStats": "head.types",
     "fused_bco_loss": "losses.fused",
     "fused_bnf_loss": "losses.fused",
     "bco_loss": "losses",

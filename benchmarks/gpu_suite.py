@@ -120,8 +120,8 @@ def head_part(
         try:
             step = functools.partial(head.step, make(head), mode)
             outputs[name] = step()  # compiles, and lets cuBLAS take its workspace
-            if head.stats is not None and head.stats.rho is not None:
-                row["rho"] = round(head.stats.rho, 3)
+            if head.stats is not None and head.stats.kept_fraction is not None:
+                row["rho"] = round(head.stats.kept_fraction, 3)
             row["extra_mb"] = round(peak_bytes(step, cuda) / 1e6, 1)
             again = step()
             row["same_bits"] = all(torch.equal(again[k], t) for k, t in outputs[name].items())

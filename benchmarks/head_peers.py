@@ -65,7 +65,7 @@ def work(job: dict) -> None:
     gc.collect()
     before = reset_peak_rss()
     kept, first = timed(lambda: head.step(logps, job["mode"]))
-    rho = {"rho": round(head.stats.rho, 3)} if head.stats and head.stats.rho is not None else {}
+    rho = {"rho": round(head.stats.kept_fraction, 3)} if head.stats and head.stats.kept_fraction is not None else {}
     say({"extra_mb": round((peak_rss() - before) / 1e6, 1), "first": first, **rho})
     del kept
     while sys.stdin.readline():

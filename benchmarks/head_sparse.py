@@ -73,8 +73,8 @@ def errors(tensors) -> dict[str, dict]:
         ours = step(case, *tensors, stats)
         relative = [float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)]
         found[case] = {
-            "rho": round(stats.rho, 4),
-            "certified": stats.certified,
+            "rho": round(stats.kept_fraction, 4),
+            "certified": stats.error_bound,
             "error_d_hidden": relative[0],
             "error_d_weight": relative[1],
         }

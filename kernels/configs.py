@@ -25,7 +25,7 @@ HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=
 HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2)
 HEAD_LOGPS_FP32_EXTRAS = LaunchConfig(block_n=32, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
-# One or two rows a program: the row's statistics stay in registers while its tile is passed over twice from L2.
+# Two rows a program: their statistics stay in registers while the program reads its tile twice, from L2.
 FOLD_LOGITS = LaunchConfig(block_n=2, block_v=256, block_d=0, num_warps=4, num_stages=1)
 
 # Elementwise over a tile: 16 fp32 values a thread, rows short enough that small batches still fill the GPU.
@@ -33,9 +33,8 @@ DLOGITS = LaunchConfig(block_n=4, block_v=1024, block_d=0, num_warps=8, num_stag
 
 MERGE_SPLITS = LaunchConfig(block_n=256, block_v=0, block_d=0, num_warps=4, num_stages=1)
 
-# The sparse backward: accumulators of HEAD_LOGPS, and for the same reason a smaller block with bias, softcap or order,
-# whose pointers and slopes spilled 168 bytes on sm_90 at 128x128. The third block (dlogits: d, dweight: n, product: v)
-# is walked.
+# The sparse backward has the accumulators of HEAD_LOGPS, and a smaller block with bias or softcap for the same reason.
+# Its kernels loop over the third block: dlogits over d, dweight over n, product over v.
 GATHERED_DLOGITS = LaunchConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=3)
 GATHERED_DLOGITS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=8, num_stages=3)
 GATHERED_DLOGITS_FP32 = LaunchConfig(block_n=32, block_v=64, block_d=16, num_warps=4, num_stages=2)
@@ -57,7 +56,7 @@ def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
 
 
 def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:
-    """For operands of `itemsize` bytes; extras: bias, softcap or an order of the vocabulary."""
+    """For operands of `itemsize` bytes; extras: bias or softcap."""
     if itemsize <= 2:
         return GATHERED_DLOGITS_EXTRAS if extras else GATHERED_DLOGITS
     return GATHERED_DLOGITS_FP32

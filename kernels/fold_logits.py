@@ -1,17 +1,15 @@
 """Fold one tile of logits, made by a matmul, into the running statistics of its rows.
 
-    state  [5, N]  m, s, t, u and q: the running max; sum e^(z - m); the target's logit; sum (z - m) e^(z - m); s without
-                   the target's own term
+    state  [7, N]  m, the running max; s, sum e^(z - m); the target's logit; u, sum (z - m) e^(z - m); s without the
+                   target's own term; f at the target; e^(m before - m), the factor for sums over earlier tiles
 
-One program owns BLOCK_N rows and passes over the tile twice, first for the maximum: the second pass can then write
-exponentials that are final for this tile, and the tile is still in L2. No atomics: the same inputs give the same bits.
+One program owns BLOCK_N rows and reads the tile twice, first for the maximum: the second pass then writes exponentials
+that are final for this tile, and the tile is still in L2. No atomics: the same inputs give the same bits.
 
     tile   [N, C]  fp32, hidden @ weight[FIRST : FIRST + C].T
-    out    [N, C]  e^(z - m) f, 0 at the target, in the dtype the next matmul wants; f is the softcap's slope
-    peak   [N]     int64, column of the running max (the last of equals in the block that raised it)
-    shrink [N]     e^(m before - m), by which sums over earlier tiles must be multiplied
-    slope  [N]     f at the target
-    mass   [N, T]  log of sum e^z f over BLOCK_V columns, in absolute terms, so that it outlives changes of m
+    out    [N, C]  e^(z - m) f, 0 at the target, in the dtype of the next matmul; f is the softcap's derivative, or 1
+    argmax [N]     int64, column of the running max; of equal logits in one block the last
+    mass   [N, T]  log of sum e^z f over BLOCK_V columns; independent of m, which later tiles may raise
 """
 
 import triton
@@ -26,9 +24,7 @@ def fold_logits_kernel(
     bias_ptr,
     target_ptr,
     state_ptr,
-    peak_ptr,
-    shrink_ptr,
-    slope_ptr,
+    argmax_ptr,
     mass_ptr,
     out_ptr,
     N,
@@ -55,7 +51,7 @@ def fold_logits_kernel(
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)
     b_old = tl.load(state_ptr + o_n, mask=m_n, other=0.0)
     b_max = b_old
-    b_peak = tl.load(peak_ptr + o_n, mask=m_n, other=0)
+    b_argmax = tl.load(argmax_ptr + o_n, mask=m_n, other=0)
     for start in range(0, C, BLOCK_V):
         o_c = start + tl.arange(0, BLOCK_V)
         m_tile = m_n[:, None] & (o_c < C)[None, :]
@@ -64,9 +60,9 @@ def fold_logits_kernel(
         b_z = tl.where(m_tile, b_z, float("-inf"))
         b_highest = tl.max(b_z, axis=1)
         b_column = FIRST + tl.max(tl.where(b_z == b_highest[:, None], o_c[None, :], 0), axis=1)
-        b_peak = tl.where(b_highest > b_max, b_column, b_peak)
+        b_argmax = tl.where(b_highest > b_max, b_column, b_argmax)
         b_max = tl.maximum(b_max, b_highest)
-    tl.store(peak_ptr + o_n, b_peak, mask=m_n)
+    tl.store(argmax_ptr + o_n, b_argmax, mask=m_n)
 
     b_shrink = guarded_exp(b_old, b_max)
     b_sum = tl.load(state_ptr + STATE + o_n, mask=m_n, other=0.0)
@@ -76,13 +72,13 @@ def fold_logits_kernel(
         b_u = tl.load(state_ptr + 3 * STATE + o_n, mask=m_n, other=0.0)
         b_u = b_shrink * (b_u + tl.where(b_old == float("-inf"), 0.0, b_old - b_max) * b_sum)
     if HAS_OUT:
-        b_slope_y = tl.load(slope_ptr + o_n, mask=m_n, other=1.0)
+        b_softcap_grad_y = tl.load(state_ptr + 5 * STATE + o_n, mask=m_n, other=1.0)
     b_sum = b_sum * b_shrink
     for start in range(0, C, BLOCK_V):
         o_c = start + tl.arange(0, BLOCK_V)
         m_tile = m_n[:, None] & (o_c < C)[None, :]
         b_z = tl.load(tile_ptr + o_n[:, None] * stride_tn + o_c[None, :], mask=m_tile, other=0.0)
-        b_z, b_slope = finish_logits(
+        b_z, b_softcap_grad = finish_logits(
             b_z, bias_ptr, FIRST + o_c, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
         )
         b_z = tl.where(m_tile, b_z, float("-inf"))
@@ -94,11 +90,11 @@ def fold_logits_kernel(
         if HAS_ENTROPY:
             b_u += tl.sum(tl.where(b_e == 0.0, 0.0, (b_z - b_max[:, None]) * b_e), axis=1)
         if HAS_MASS:
-            b_mass = tl.log(tl.sum(b_e * b_slope, axis=1)) + b_max
+            b_mass = tl.log(tl.sum(b_e * b_softcap_grad, axis=1)) + b_max
             tl.store(mass_ptr + o_n * stride_mn + (FIRST + start) // BLOCK_V, b_mass, mask=m_n)
         if HAS_OUT:
-            b_slope_y += tl.sum(tl.where(m_y & m_tile, b_slope - 1.0, 0.0), axis=1)
-            b_out = tl.where(m_y, 0.0, b_e * b_slope)
+            b_softcap_grad_y += tl.sum(tl.where(m_y & m_tile, b_softcap_grad - 1.0, 0.0), axis=1)
+            b_out = tl.where(m_y, 0.0, b_e * b_softcap_grad)
             p_out = out_ptr + o_n[:, None] * stride_on + o_c[None, :]
             tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_tile)
     tl.store(state_ptr + o_n, b_max, mask=m_n)
@@ -108,5 +104,5 @@ def fold_logits_kernel(
     if HAS_ENTROPY:
         tl.store(state_ptr + 3 * STATE + o_n, b_u, mask=m_n)
     if HAS_OUT:
-        tl.store(shrink_ptr + o_n, b_shrink, mask=m_n)
-        tl.store(slope_ptr + o_n, b_slope_y, mask=m_n)
+        tl.store(state_ptr + 6 * STATE + o_n, b_shrink, mask=m_n)
+        tl.store(state_ptr + 5 * STATE + o_n, b_softcap_grad_y, mask=m_n)

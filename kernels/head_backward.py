@@ -22,15 +22,14 @@ def dlogits(
     b_sum,
     b_c,
     b_target,
-    b_peak,
+    b_argmax,
     b_logp_y,
 ):
-    """z, p and c (1[k = y] - p), with the forward's own numbers where they are at hand."""
-    # This tile was rounded by another matmul than the forward's. A token that is nearly certain would be off by the
-    # rounding of its logit, but that logit is known: it is the row's maximum.
-    b_z = tl.where(o_v[None, :] == b_peak, b_max, b_z)
-    # At the target everything comes from the forward's own logp: as p_y -> 1 the difference 1 - p_y of nearly equal
-    # numbers would be all rounding.
+    """z, p and c (1[k = y] - p); the forward's own numbers at the target and at the row's maximum."""
+    # This matmul may round differently from the forward's. A nearly certain token would be off by the rounding of its
+    # logit, but the forward kept that logit: it is the row's maximum.
+    b_z = tl.where(o_v[None, :] == b_argmax, b_max, b_z)
+    # At the target use the forward's logp: as p_y -> 1 the difference 1 - p_y would be all rounding.
     m_y = o_v[None, :] == b_target
     b_p = tl.where(m_y, tl.exp(b_logp_y), guarded_exp(b_z, b_max) / b_sum)
     return b_z, b_p, tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c
@@ -44,7 +43,7 @@ def dlogits_kernel(
     logp_ptr,
     row_max_ptr,
     row_sum_ptr,
-    peak_ptr,
+    argmax_ptr,
     entropy_ptr,
     grad_logp_ptr,
     grad_entropy_ptr,
@@ -70,18 +69,18 @@ def dlogits_kernel(
     m_n = o_n < N
     m_tile = m_n[:, None] & (o_c < C)[None, :]
     b_z = tl.load(tile_ptr + o_n[:, None] * stride_tn + o_c[None, :], mask=m_tile, other=0.0)
-    b_z, b_slope = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+    b_z, b_softcap_grad = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
     b_max = tl.load(row_max_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_sum = tl.load(row_sum_ptr + o_n, mask=m_n, other=1.0)[:, None]
     b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)[:, None]
-    b_peak = tl.load(peak_ptr + o_n, mask=m_n, other=-1)[:, None]
+    b_argmax = tl.load(argmax_ptr + o_n, mask=m_n, other=-1)[:, None]
     b_logp_y = tl.load(logp_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    b_z, b_p, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_peak, b_logp_y)
+    b_z, b_p, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_argmax, b_logp_y)
     if HAS_GRAD_ENTROPY:
         b_g = tl.load(grad_entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
         b_entropy = tl.load(entropy_ptr + o_n, mask=m_n, other=0.0)[:, None]
         b_logp = tl.where(o_v[None, :] == b_target, b_logp_y, b_z - b_max - tl.log(b_sum))
         b_dz -= tl.where(b_p == 0.0, 0.0, b_g * b_p * (b_logp + b_entropy))
-    b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)
+    b_dz = b_dz * b_softcap_grad * (LOGIT_SCALE / TEMPERATURE)
     tl.store(out_ptr + o_n[:, None] * stride_on + o_c[None, :], b_dz.to(out_ptr.dtype.element_ty), mask=m_tile)

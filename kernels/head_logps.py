@@ -10,8 +10,8 @@ give the same bits.
     weight  [V, D]      the dtype of hidden; unit stride in D
     target  [N]         int64; a row whose target is outside [0, V) gets NaN and reads nothing foreign
     part    [S, 4, N]   ACC: m, s, the target's logit (0 where another range owns it), u = sum (z - m) e^(z - m)
-    peak    [S, N]      int32: a column of m (the last of equals in the block that raised it), -1 where all are -inf
-    mass    [N, T]      ACC: log of sum e^z f over each BLOCK_V columns; f is the softcap's slope, or 1
+    argmax  [S, N]      int32: the column of m; of equal logits in one block the last; -1 where all logits are -inf
+    mass    [N, T]      ACC: log of sum e^z f over each BLOCK_V columns; f is the softcap's derivative, or 1
 
 Logits exist only in registers. 2NDV FLOP; weight is read N / BLOCK_N times, mostly from L2, because programs of
 neighbouring rows run together over the same vocabulary range.
@@ -30,7 +30,7 @@ def head_logps_kernel(
     bias_ptr,
     target_ptr,
     part_ptr,
-    part_peak_ptr,
+    part_argmax_ptr,
     mass_ptr,
     N,
     V,
@@ -61,7 +61,7 @@ def head_logps_kernel(
     b_sum = tl.zeros((BLOCK_N,), ACC)
     b_logit = tl.zeros((BLOCK_N,), ACC)
     b_u = tl.zeros((BLOCK_N,), ACC)
-    b_peak = tl.full((BLOCK_N,), -1, tl.int32)
+    b_argmax = tl.full((BLOCK_N,), -1, tl.int32)
     for step in range(0, tl.minimum(SPLIT, V - first_column), BLOCK_V):
         start = first_column + step
         o_v = start + tl.arange(0, BLOCK_V)
@@ -79,11 +79,13 @@ def head_logps_kernel(
             ACC,
             UPCAST,
         )
-        b_z, b_slope = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+        b_z, b_softcap_grad = finish_logits(
+            b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
+        )
         b_logit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_z, 0.0), axis=1)
         b_highest = tl.max(b_z, axis=1)
         b_column = tl.max(tl.where(b_z == b_highest[:, None], tl.arange(0, BLOCK_V)[None, :], 0), axis=1)
-        b_peak = tl.where(b_highest > b_max, start.to(tl.int32) + b_column, b_peak)
+        b_argmax = tl.where(b_highest > b_max, start.to(tl.int32) + b_column, b_argmax)
         b_new = tl.maximum(b_max, b_highest)
         b_shrink = guarded_exp(b_max, b_new)
         b_e = guarded_exp(b_z, b_new[:, None])
@@ -94,11 +96,11 @@ def head_logps_kernel(
         b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)
         b_max = b_new
         if HAS_MASS:
-            b_mass = tl.log(tl.sum(b_e * b_slope, axis=1)) + b_new
+            b_mass = tl.log(tl.sum(b_e * b_softcap_grad, axis=1)) + b_new
             tl.store(mass_ptr + o_n * stride_mn + start // BLOCK_V, b_mass, mask=m_n)
     p_part = part_ptr + tl.program_id(1).to(tl.int64) * 4 * N + o_n
     tl.store(p_part, b_max, mask=m_n)
-    tl.store(part_peak_ptr + tl.program_id(1).to(tl.int64) * N + o_n, b_peak, mask=m_n)
+    tl.store(part_argmax_ptr + tl.program_id(1).to(tl.int64) * N + o_n, b_argmax, mask=m_n)
     tl.store(p_part + N, b_sum, mask=m_n)
     tl.store(p_part + 2 * N, b_logit, mask=m_n)
     if HAS_ENTROPY:
@@ -108,14 +110,14 @@ def head_logps_kernel(
 @triton.jit
 def merge_splits_kernel(
     part_ptr,
-    part_peak_ptr,
+    part_argmax_ptr,
     target_ptr,
     logp_ptr,
     row_max_ptr,
     row_sum_ptr,
     logit_ptr,
     entropy_ptr,
-    peak_ptr,
+    argmax_ptr,
     N,
     V,
     S,
@@ -128,10 +130,10 @@ def merge_splits_kernel(
     m_n = o_n < N
     b_target = tl.load(target_ptr + o_n, mask=m_n, other=-1)
     b_max = tl.full((BLOCK_N,), float("-inf"), ACC)
-    b_peak = tl.full((BLOCK_N,), -1, tl.int32)
+    b_argmax = tl.full((BLOCK_N,), -1, tl.int32)
     for i_s in range(0, S):
         b_part_max = tl.load(part_ptr + i_s * 4 * N + o_n, mask=m_n, other=0.0)
-        b_peak = tl.where(b_part_max > b_max, tl.load(part_peak_ptr + i_s * N + o_n, mask=m_n, other=-1), b_peak)
+        b_argmax = tl.where(b_part_max > b_max, tl.load(part_argmax_ptr + i_s * N + o_n, mask=m_n, other=-1), b_argmax)
         b_max = tl.maximum(b_max, b_part_max)
     b_sum = tl.zeros((BLOCK_N,), ACC)
     b_logit = tl.zeros((BLOCK_N,), ACC)
@@ -150,7 +152,7 @@ def merge_splits_kernel(
     b_logp = tl.where((b_target >= 0) & (b_target < V), b_logp, float("nan"))
     tl.store(logp_ptr + o_n, b_logp, mask=m_n)
     tl.store(row_max_ptr + o_n, b_max, mask=m_n)
-    tl.store(peak_ptr + o_n, b_peak.to(tl.int64), mask=m_n)
+    tl.store(argmax_ptr + o_n, b_argmax.to(tl.int64), mask=m_n)
     tl.store(row_sum_ptr + o_n, b_sum, mask=m_n)
     tl.store(logit_ptr + o_n, b_logit, mask=m_n)
     if HAS_ENTROPY:

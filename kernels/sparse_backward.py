@@ -1,15 +1,14 @@
-"""The backward of the lm-head for a list of (row, vocabulary tile) cells; all others are left out.
+"""The backward of the lm-head for a list of (row, vocabulary tile) blocks; all other blocks are left out.
 
-Cells are sorted by tile, rows ascending within one: tile t has rows[offset[t] : offset[t + 1]]. A launch takes the cells
-FIRST to LAST, as many as the workspace holds; a tile that they cut is carried from one launch to the next in float32.
+Blocks are sorted by tile, then by row: the rows of tile t are rows[offset[t] : offset[t + 1]]. A launch takes blocks FIRST to LAST,
+as many as the workspace holds. A tile cut by that range is carried to the next launch in float32.
 
-    gathered_dlogits   dz[i] = dlogits of cell i, the matmul recomputed for gathered rows        [cells, TILE]
-    gathered_dweight   dW[tile] = sum over its cells of dz[i]^T h[row i], written once           [V, D]
-    gathered_product   product[i] = dz[i] W[tile]                                                [cells, D] fp32
-    add_products       dh[n] += the products of its cells, in the order of the tiles             [N, D] fp32
+    gathered_dlogits   dz[i] = dlogits of block i; recomputes the matmul for gathered rows       [blocks, TILE]
+    gathered_dweight   dW[tile] = sum over its blocks of dz[i]^T h[row i], written once          [V, D]
+    gathered_product   product[i] = dz[i] W[tile]                                                [blocks, D] fp32
+    add_products       dh[n] += the products of its blocks, in the order of the tiles            [N, D] fp32
 
-No atomics: a row's products are added by one program, through a list of its cells, so the same inputs give the same bits.
-With an order, position v of the vocabulary is row order[v] of the weight.
+No atomics: one program adds the products of a row, through a list of its blocks, so the same inputs give the same bits.
 """
 
 import triton
@@ -20,17 +19,11 @@ from .tiles import finish_logits
 
 
 @triton.jit
-def _cells(offset_ptr, i_t, FIRST, LAST):
-    """First and last cell of a tile among FIRST to LAST."""
+def _blocks(offset_ptr, i_t, FIRST, LAST):
+    """First and last block of a tile among FIRST to LAST."""
     start = tl.maximum(tl.load(offset_ptr + i_t), FIRST)
     stop = tl.minimum(tl.load(offset_ptr + i_t + 1), LAST)
     return start, stop
-
-
-@triton.jit
-def _words(order_ptr, o_v, V, HAS_ORDER: tl.constexpr):
-    """Rows of the weight at these positions of the vocabulary."""
-    return tl.load(order_ptr + o_v, mask=o_v < V, other=0) if HAS_ORDER else o_v.to(tl.int64)
 
 
 @triton.jit
@@ -38,14 +31,13 @@ def gathered_dlogits_kernel(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
-    order_ptr,
     rows_ptr,
     offset_ptr,
     target_ptr,
     logp_ptr,
     row_max_ptr,
     row_sum_ptr,
-    peak_ptr,
+    argmax_ptr,
     grad_logp_ptr,
     out_ptr,
     FIRST_TILE,
@@ -64,11 +56,10 @@ def gathered_dlogits_kernel(
     TEMPERATURE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_t = FIRST_TILE + tl.program_id(1)
-    start, stop = _cells(offset_ptr, i_t, FIRST, LAST)
+    start, stop = _blocks(offset_ptr, i_t, FIRST, LAST)
     o_i = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_i = o_i < stop
     if start + tl.program_id(0) * BLOCK_N < stop:
@@ -76,7 +67,7 @@ def gathered_dlogits_kernel(
         o_v = i_t * TILE + o_c
         o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
         p_hidden = hidden_ptr + o_n * stride_hn
-        p_weight = weight_ptr + _words(order_ptr, o_v, V, HAS_ORDER) * stride_wv
+        p_weight = weight_ptr + o_v.to(tl.int64) * stride_wv
         o_d = tl.arange(0, BLOCK_D)
         b_z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
         for d in range(0, D, BLOCK_D):
@@ -84,15 +75,17 @@ def gathered_dlogits_kernel(
             b_h = tl.load(p_hidden[:, None] + (d + o_d)[None, :], mask=m_i[:, None] & m_d[None, :], other=0.0)
             b_w = tl.load(p_weight[None, :] + (d + o_d)[:, None], mask=(o_v < V)[None, :] & m_d[:, None], other=0.0)
             b_z = tl.dot(b_h, b_w, b_z, input_precision="ieee", out_dtype=ACC)
-        b_z, b_slope = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+        b_z, b_softcap_grad = finish_logits(
+            b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
+        )
         b_max = tl.load(row_max_ptr + o_n, mask=m_i, other=0.0)[:, None]
         b_sum = tl.load(row_sum_ptr + o_n, mask=m_i, other=1.0)[:, None]
         b_c = tl.load(grad_logp_ptr + o_n, mask=m_i, other=0.0)[:, None]
         b_target = tl.load(target_ptr + o_n, mask=m_i, other=-1)[:, None]
-        b_peak = tl.load(peak_ptr + o_n, mask=m_i, other=-1)[:, None]
+        b_argmax = tl.load(argmax_ptr + o_n, mask=m_i, other=-1)[:, None]
         b_logp_y = tl.load(logp_ptr + o_n, mask=m_i, other=0.0)[:, None]
-        _, _, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_peak, b_logp_y)
-        b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)
+        _, _, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_argmax, b_logp_y)
+        b_dz = b_dz * b_softcap_grad * (LOGIT_SCALE / TEMPERATURE)
         p_out = out_ptr + (o_i - FIRST)[:, None] * TILE + o_c[None, :]
         tl.store(p_out, b_dz.to(out_ptr.dtype.element_ty), mask=m_i[:, None])
 
@@ -101,7 +94,6 @@ def gathered_dlogits_kernel(
 def gathered_dweight_kernel(
     hidden_ptr,
     dz_ptr,
-    order_ptr,
     rows_ptr,
     offset_ptr,
     carry_in_ptr,
@@ -121,11 +113,10 @@ def gathered_dweight_kernel(
     BLOCK_D: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_t = FIRST_TILE + tl.program_id(0)
-    start, stop = _cells(offset_ptr, i_t, FIRST, LAST)
+    start, stop = _blocks(offset_ptr, i_t, FIRST, LAST)
     carried = tl.load(offset_ptr + i_t) < FIRST
     carries = tl.load(offset_ptr + i_t + 1) > LAST
     o_c = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -150,7 +141,7 @@ def gathered_dweight_kernel(
         if carries:
             tl.store(carry_out_ptr + o_carry, b_dw, mask=m_d[None, :])
         else:
-            p_weight = d_weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)[:, None] + o_d[None, :]
+            p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)[:, None] + o_d[None, :]
             tl.store(p_weight, b_dw.to(d_weight_ptr.dtype.element_ty), mask=(o_v < V)[:, None] & m_d[None, :])
     if HAS_BIAS:  # noqa: SIM102 - a constant, apart. float32, so what a former launch has written is the carry
         if tl.program_id(1) == 0:
@@ -162,7 +153,6 @@ def gathered_dweight_kernel(
 def gathered_product_kernel(
     dz_ptr,
     weight_ptr,
-    order_ptr,
     offset_ptr,
     product_ptr,
     FIRST_TILE,
@@ -175,11 +165,10 @@ def gathered_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_t = FIRST_TILE + tl.program_id(1)
-    start, stop = _cells(offset_ptr, i_t, FIRST, LAST)
+    start, stop = _blocks(offset_ptr, i_t, FIRST, LAST)
     o_i = start - FIRST + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_i = o_i < stop - FIRST
     if start + tl.program_id(0) * BLOCK_N < stop:
@@ -190,7 +179,7 @@ def gathered_product_kernel(
             o_c = c + tl.arange(0, BLOCK_V)
             o_v = i_t * TILE + o_c
             b_dz = tl.load(dz_ptr + o_i[:, None] * TILE + o_c[None, :], mask=m_i[:, None], other=0.0)
-            p_weight = weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)[:, None] + o_d[None, :]
+            p_weight = weight_ptr + (o_v.to(tl.int64) * stride_wv)[:, None] + o_d[None, :]
             b_w = tl.load(p_weight, mask=(o_v < V)[:, None] & m_d[None, :], other=0.0)
             b_product = tl.dot(b_dz, b_w, b_product, input_precision="ieee", out_dtype=ACC)
         tl.store(product_ptr + o_i[:, None] * D + o_d[None, :], b_product, mask=m_i[:, None] & m_d[None, :])

@@ -45,11 +45,11 @@ def logits_tile(
 
 
 @triton.jit
-def tanh_and_slope(x):
+def tanh_and_grad(x):
     """tanh x and 1 - tanh^2 x from e = exp(-2|x|), neither by a difference that cancels.
 
     Below 0.25 the quotient (1 - e) / (1 + e) would, so an odd polynomial takes over (1e-8 relative); in float64 below
-    0.04 (1e-16), where the quotient has 1e-14. The slope is 4e / (1 + e)^2 everywhere.
+    0.04 (1e-16), where the quotient has 1e-14. The derivative is 4e / (1 + e)^2 everywhere.
     """
     near = 0.0016 if x.dtype == tl.float64 else 0.0625
     e = tl.exp(-2.0 * tl.abs(x))
@@ -81,14 +81,14 @@ def finish_logits(
     if HAS_BIAS:
         b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]
     b_z = b_z * LOGIT_SCALE
-    b_slope = tl.full(b_z.shape, 1.0, b_z.dtype)
+    b_softcap_grad = tl.full(b_z.shape, 1.0, b_z.dtype)
     if HAS_SOFTCAP:
-        b_t, b_slope = tanh_and_slope(b_z * (1.0 / SOFTCAP))
+        b_t, b_softcap_grad = tanh_and_grad(b_z * (1.0 / SOFTCAP))
         b_z = b_t * SOFTCAP
     b_z = b_z * (1.0 / TEMPERATURE)
     # The mask comes last: a bias or softcap on a masked logit would make it finite again.
     b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))
-    return b_z, b_slope
+    return b_z, b_softcap_grad
 
 
 @triton.jit

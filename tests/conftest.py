@@ -51,7 +51,8 @@ def _reproducible(tmp_path, monkeypatch):
 def low_precision_matmuls(monkeypatch):
     """The `torch` backend as on a GPU: its matmuls take bf16 and fp16 and give float32. The CPU has no such matmul, so it
     is stood in for."""
-    from bco_fast.head.backends import torch as chunked
+    from bco_fast.head.backends import products, walk
+    from bco_fast.head.sparse import torch as sparse
 
     real = torch.mm
 
@@ -60,10 +61,11 @@ def low_precision_matmuls(monkeypatch):
             return real(a, b, out=out)
         assert a.dtype == b.dtype
         assert a.dtype.itemsize == 2
-        return real(a.float(), b.float())
+        return real(a.float(), b.float(), out=out)
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(chunked, "_operand", lambda x: x)
+    for module in (products, walk, sparse):
+        monkeypatch.setattr(module, "operand", lambda x: x)
 
 
 @pytest.fixture

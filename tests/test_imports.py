@@ -145,7 +145,7 @@ def _environment():
 CALL = "bco_fast.fused_linear_logps(torch.ones(2, 3), torch.eye(4, 3), torch.tensor([0, 1])"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fresh():
     """What a new interpreter says: the modules loaded by the import, its log of three calls, and how it refuses triton."""
     code = (

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_path
+from ..files import atomic_path, stale_files
 from ..losses import OBJECTIVES
 from ..reference.cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
-from ..reference.shards import SHARD_NAME, BadShard, stale_files
+from ..reference.shards import SHARD_NAME, BadShard
 from .common import UsageError, _load_model, _nearest, _Parser
 
 _REFERENCE_NAME = re.compile(r"[0-9a-f]{32}")
@@ -220,9 +220,8 @@ def _bad_shards(cache: ReferenceCache) -> dict[str, str]:
     for shard in cache.shards:
         try:
             again = cache.open_shard(shard.path.name)
-            _, sums = again.take()
             read = np.array([values.sum(dtype=np.float64) for values in again.read(range(again.rows))])
-            if not np.allclose(read, sums, rtol=1e-9, atol=1e-9):
+            if not np.allclose(read, again.sums, rtol=1e-9, atol=1e-9):
                 bad[shard.path.name] = "its sums are not those of its values"
         except (BadShard, OSError) as error:
             bad[shard.path.name] = str(error)
@@ -293,10 +292,9 @@ def export(arguments: list[str]) -> None:
 def _shard_rows(cache: ReferenceCache, index: int) -> tuple[list[bytes], list[float], list[np.ndarray]]:
     """Keys, sums and verified values of the rows that the cache takes from this shard: another may hold them too."""
     shard = cache.open_shard(cache.shards[index].path.name)
-    pairs, sums = shard.take()
-    keys = [pair.tobytes() for pair in pairs.astype(">u8")]
+    keys = shard.row_keys()
     ours = np.flatnonzero(cache.find(keys)[:, 0] == index)
-    return [keys[row] for row in ours], sums[ours].tolist(), list(shard.read(ours))
+    return [keys[row] for row in ours], shard.sums[ours].tolist(), list(shard.read(ours))
 
 
 @dataclass(frozen=True)

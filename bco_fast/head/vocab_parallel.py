@@ -1,8 +1,8 @@
 """The fused head with its vocabulary sharded over ranks: each rank holds some rows of the weight, all see all tokens.
 
-A rank walks its own shard as if it were the vocabulary. The statistics of the ranges (max, sum, target logit, entropy
-sum) are then joined exactly as the kernels join theirs, after one all-gather of 4 numbers a token; the backward needs
-one all-reduce of d hidden, while each rank's d weight is its own.
+Each rank treats its shard as the whole vocabulary. One all-gather of 4 numbers a token (max, sum, target logit, entropy sum)
+then joins the statistics, exactly as the kernels join their vocabulary ranges. The backward needs one all-reduce of
+d hidden; the gradient of a shard stays on its rank.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import autograd as _ops
-from .types import HeadNeed, HeadSaved, HeadSpec
+from . import dispatch
+from .autograd import is_trainable
+from .tiling import accumulator_dtype
+from .types import HeadNeed, HeadOptions, HeadSaved, HeadSpec
 
 
 @functools.cache
 def _shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[int, int]:
-    """(first vocabulary id of this rank, size of the whole vocabulary). Asked once for a group and a shard size."""
+    """(first vocabulary id of this rank, size of the whole vocabulary). Found once for each group and shard size."""
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([rows], device=device), group=group)
     counts = [int(size) for size in sizes]
@@ -39,12 +41,10 @@ def _join(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class _Call(NamedTuple):
     spec: HeadSpec
-    entropy: bool
-    backend: str
-    workspace_bytes: int
+    options: HeadOptions
     tolerance: float
-    order: Tensor | None
-    stats: Tensor | None
+    backend: str
+    entropy: bool
     group: dist.ProcessGroup
 
 
@@ -53,36 +53,36 @@ class _VocabParallelLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, bias, keep, call: _Call):
         # hidden [N, D], targets [N] in this rank's own numbering (-1 where foreign), keep [N] bool: not ignored
         entropy, group = call.entropy, call.group
-        targets, bias = _ops.positions(call.order, targets, bias)
-        out = _ops.forward(
+        out = dispatch.forward(
             call.backend, hidden, weight, targets, bias, keep, call.spec,
-            entropy=entropy, direction=False, mass=call.tolerance > 0.0, order=call.order,
-            workspace_bytes=call.workspace_bytes,
+            entropy=entropy, frozen=False, recompute=True, mass=call.tolerance > 0.0,
+            workspace_bytes=call.options.workspace_bytes,
         )  # fmt: skip
-        logit = torch.where(keep & (targets >= 0), out.target_logits, 0.0)
+        keep_or_all = torch.ones_like(targets, dtype=torch.bool) if keep is None else keep
+        logit = torch.where(keep_or_all & (targets >= 0), out.target_logits, 0.0)
         u = torch.zeros_like(logit) if out.entropy is None else out.row_sum * (out.row_sum.log() - out.entropy)
-        row_sum = torch.where(keep, out.row_sum, 1.0)  # ignored rows: any statistics that give 0
+        row_sum = torch.where(keep_or_all, out.row_sum, 1.0)  # ignored rows: any statistics that give 0
         part = torch.stack([out.row_max, row_sum, logit, torch.where(out.row_sum > 0, u, 0.0)])
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, part, group=group)
         row_max, row_sum, logit, u = _join(torch.stack(parts))
-        peak = torch.where(out.row_max == row_max, out.row_peak, -1)
-        logps = torch.where(keep, (logit - row_max) - row_sum.log(), 0.0)
-        h = torch.where(keep, row_sum.log() - u / row_sum, 0.0) if entropy else hidden.new_zeros(0, dtype=logps.dtype)
+        argmax = torch.where(out.row_max == row_max, out.row_argmax, -1)
+        logps = torch.where(keep_or_all, (logit - row_max) - row_sum.log(), 0.0)
+        h = torch.where(keep_or_all, row_sum.log() - u / row_sum, 0.0) if entropy else logps.new_zeros(0)
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(h)
         mass = out.mass
         if mass is not None:  # of this shard's sum -> of the whole
             mass *= ((out.row_max - row_max).exp() * out.row_sum / row_sum).nan_to_num(nan=0.0)[:, None]
-        ctx.save_for_backward(hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak, mass)
+        ctx.save_for_backward(hidden, weight, targets, bias, logps, row_max, row_sum, h, argmax, keep, mass)
         ctx.call = call
         return logps, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, targets, bias, keep, logps, row_max, row_sum, h, peak, mass = ctx.saved_tensors
+        *saved, keep, mass = ctx.saved_tensors
         grads: list = [None] * 6
         call = ctx.call
         if grad_logps is None and grad_entropy is None:
@@ -90,27 +90,26 @@ class _VocabParallelLogps(torch.autograd.Function):
         needs = ctx.needs_input_grad
 
         def join_hidden(part: Tensor) -> Tensor:
-            total = part.to(row_max.dtype)
+            total = part.to(accumulator_dtype(part.dtype))
             dist.all_reduce(total, group=call.group)
             return total.to(part.dtype)
 
-        found = _ops.backward(
+        found = dispatch.backward(
             call.backend,
             grad_logps,
             grad_entropy,
-            HeadSaved(hidden, weight, targets, bias, logps, row_max, row_sum, h, peak),
+            HeadSaved(*saved),
             keep,
             call.spec,
-            need=HeadNeed(needs[0], needs[1], bias is not None and needs[3]),
-            workspace_bytes=call.workspace_bytes,
+            need=HeadNeed(needs[0], needs[1], needs[3]),
+            workspace_bytes=call.options.workspace_bytes,
             mass=mass,
             tolerance=call.tolerance,
-            order=call.order,
             join_hidden=join_hidden,
         )
-        if call.stats is not None:
-            call.stats.copy_(torch.tensor([found.rho, found.certified]))
-        grads[0], grads[1], grads[3] = found.hidden, found.weight, _ops.token_order(call.order, found.bias)
+        if call.options.stats is not None:
+            call.options.stats.report.copy_(torch.tensor([found.kept_fraction, found.error_bound]))
+        grads[0], grads[1], grads[3] = found[:3]
         return tuple(grads)
 
 
@@ -120,28 +119,25 @@ def linear_logps(
     targets: Tensor,  # [N], ids of the whole vocabulary, the same on all ranks
     bias: Tensor | None,  # [V of this rank]
     spec: HeadSpec,
+    options: HeadOptions,
     *,
-    ignore_index: int,
+    ignore_index: int | None,
     entropy: bool,
-    backend: str,
-    workspace_bytes: int,
-    sparse_tolerance: float,
-    vocab_order: Tensor | None,  # [V of this rank]
-    stats: Tensor | None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
     """logps [N] and entropy [N], the same on all ranks. Each rank keeps the sparse bound on its own shard."""
-    backend = _ops.resolve_backend(backend, hidden.device)
+    backend = dispatch.resolve_backend(options.backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend='reference' holds the whole vocabulary; it takes no process_group")
     first, total = _shard(group, weight.shape[0], hidden.device)
-    _ops.check_values(hidden, weight, targets, bias, ignore_index, vocabulary=total)
-    keep = targets != ignore_index
+    dispatch.check_values(hidden, weight, targets, bias, ignore_index, vocabulary=total)
+    keep = dispatch.kept(targets, ignore_index)
     own = targets - first
     own = torch.where((own >= 0) & (own < weight.shape[0]), own, -1)
-    if not _ops.is_trainable(weight, bias) or sparse_tolerance == 0.0:
-        sparse_tolerance, vocab_order = 0.0, None
-    call = _Call(spec, entropy, backend, workspace_bytes, sparse_tolerance, vocab_order, stats, group)
+    tolerance = options.sparse_tolerance if is_trainable(weight, bias) else 0.0
+    call = _Call(spec, options, tolerance, backend, entropy, group)
     logps, h = _VocabParallelLogps.apply(hidden, weight, own, bias, keep, call)
-    foreign = keep & ((targets < 0) | (targets >= total))
-    return torch.where(foreign, float("nan"), logps), h if entropy else None
+    outside = (targets < 0) | (targets >= total)
+    if keep is not None:
+        outside &= keep
+    return torch.where(outside, float("nan"), logps), h if entropy else None

@@ -1,12 +1,12 @@
-"""Drop-ins for other people's training loops: hidden states in, loss out, no logits between."""
+"""Drop-ins for existing training loops: hidden states in, loss out, no logits in between."""
 
 from __future__ import annotations
 
-from typing import Literal
-
+import torch
 from torch import Tensor
 
-from ..head.linear_logps import HeadStats, fused_linear_logps
+from ..head.linear_logps import head_logps
+from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
 from .bnf import bnf_loss
 from .output import LossOutput, Reduction
 from .reward_shift import RewardShift
@@ -30,11 +30,10 @@ def fused_bco_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+    ignore_index: int | None = -100,
+    backend: Backend = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
-    vocab_order: Tensor | None = None,  # [V]
     stats: HeadStats | None = None,
 ) -> LossOutput:
     """`bco_loss` of a batch, from last hidden states and the lm-head weight.
@@ -44,7 +43,7 @@ def fused_bco_loss(
 
     Args:
         hidden: last hidden states, already shifted: position t predicts `targets[..., t]`.
-        targets: token ids; `ignore_index` for prompt and padding.
+        targets: token ids; `ignore_index` for prompt and padding; without one every target counts.
         labels: True for thumbs up.
         ref_logps: summed completion log-probabilities under the reference, float32.
         delta: a float, or a `RewardShift`. The shift observes this batch if hidden or weight carries a gradient, so
@@ -54,21 +53,11 @@ def fused_bco_loss(
     Returns:
         `LossOutput`; `rewards` and `logps` are [B].
     """
-    token_logps = fused_linear_logps(
-        hidden,
-        lm_head_weight,
-        targets,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        sparse_tolerance=sparse_tolerance,
-        vocab_order=vocab_order,
-        stats=stats,
+    spec, options = (
+        HeadSpec(logit_scale, softcap, temperature),
+        HeadOptions(backend, workspace_bytes, sparse_tolerance, stats),
     )
+    token_logps = head_logps(hidden, lm_head_weight, targets, bias, spec, options, ignore_index=ignore_index)
     logps = sequence_logps(token_logps, cu_seqlens=cu_seqlens)
     if isinstance(delta, RewardShift) and logps.requires_grad:
         delta.observe(beta * (logps.detach() - ref_logps), labels)
@@ -89,17 +78,16 @@ def fused_bnf_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+    ignore_index: int | None = -100,
+    backend: Backend = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
-    vocab_order: Tensor | None = None,  # [V]
     stats: HeadStats | None = None,
 ) -> LossOutput:
     """`bnf_loss` of a batch, from last hidden states and the lm-head weight; no [N, V] tensor anywhere.
 
-    The dynamic target distribution of arXiv 2410.04834 is a weight per token, and the entropy that its value needs comes
-    out of the same pass (`fused_linear_logps(return_entropy=True)`).
+    The dynamic target distribution of arXiv 2410.04834 is a weight per token. The entropy that its value needs comes from
+    the same pass (`fused_linear_logps(return_entropy=True)`).
 
     Args:
         ref_token_logps: per-token log-probabilities of the targets under the reference, nats, float32; anything where
@@ -109,27 +97,19 @@ def fused_bnf_loss(
 
     Other arguments, returns and errors are those of `fused_bco_loss` and `bnf_loss`.
     """
-    token_logps, entropy = fused_linear_logps(
-        hidden,
-        lm_head_weight,
-        targets,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        return_entropy=True,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        sparse_tolerance=sparse_tolerance,
-        vocab_order=vocab_order,
-        stats=stats,
+    spec, options = (
+        HeadSpec(logit_scale, softcap, temperature),
+        HeadOptions(backend, workspace_bytes, sparse_tolerance, stats),
     )
+    token_logps, entropy = head_logps(
+        hidden, lm_head_weight, targets, bias, spec, options,
+        ignore_index=ignore_index, return_entropy=True, entropy_grad=False,
+    )  # fmt: skip
     return bnf_loss(
         token_logps,
         ref_token_logps,
         labels,
-        mask=targets != ignore_index,
+        mask=torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index,
         cu_seqlens=cu_seqlens,
         entropy=entropy,
         sample_weight=sample_weight,

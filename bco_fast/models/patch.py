@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..head.linear_logps import HeadStats, fused_linear_logps
+from ..head.linear_logps import fused_linear_logps
+from ..head.types import Backend, HeadOptions, HeadStats
 from .attention import base_attention, knows_segments, segment_mask
 
 TARGETS = "logp_targets"
 ROWS = "logp_rows"
 ENTROPY = "logp_entropy"
-IGNORE = -100
 
 
 class _Switch(NamedTuple):
@@ -37,19 +37,13 @@ class _Switch(NamedTuple):
 class _HeadCall:
     """What the patched head needs; targets and rows only during a forward pass that wants log-probabilities."""
 
-    options: dict[str, object]
-    """Keywords of `fused_linear_logps`, as `patch_model` was given them."""
+    options: HeadOptions
     logit_scale: float = 1.0
     softcap: float | None = None
     switches: list[_Switch] = field(default_factory=list)
     targets: Tensor | None = None
     rows: Tensor | None = None
     entropy: bool = False
-
-    def logps(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options):
-        return fused_linear_logps(
-            hidden, weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **self.options, **options
-        )
 
 
 class _LogpLinear(nn.Linear):
@@ -61,13 +55,20 @@ class _LogpLinear(nn.Linear):
         call = self.bco_fast
         if call.targets is None:
             return super().forward(hidden)
-        ignored: dict[str, int | None] = {}
-        if call.rows is not None:
-            hidden = hidden.flatten(0, -2).index_select(0, call.rows)
-            ignored = {"ignore_index": IGNORE}  # every row is asked for, so nothing has to be searched
-        out = call.logps(
-            hidden, self.weight, self.bias, targets=call.targets, return_entropy=call.entropy, **ignored
-        )  # fmt: skip
+        ignore_index: int | None = -100
+        if call.rows is not None:  # every row is asked for, so nothing has to be searched
+            hidden, ignore_index = hidden.flatten(0, -2).index_select(0, call.rows), None
+        out = fused_linear_logps(
+            hidden,
+            self.weight,
+            call.targets,
+            bias=self.bias,
+            logit_scale=call.logit_scale,
+            softcap=call.softcap,
+            ignore_index=ignore_index,
+            return_entropy=call.entropy,
+            **vars(call.options),
+        )
         # A gradient of 0 through the entropy would cost as much as any other.
         return torch.stack((out[0], out[1].detach()), dim=-1) if call.entropy else out
 
@@ -145,7 +146,7 @@ def _check_kind(model: nn.Module) -> None:
 def patch_model(
     model: nn.Module,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     workspace_bytes: int = 256 << 20,
     sparse_tolerance: float = 0.0,
     stats: HeadStats | None = None,
@@ -179,12 +180,7 @@ def patch_model(
     for linear in linears:
         if type(linear) not in (nn.Linear, _LogpLinear):
             raise TypeError(_refusal(model, linear))
-    options = {
-        "backend": backend,
-        "workspace_bytes": workspace_bytes,
-        "sparse_tolerance": sparse_tolerance,
-        "stats": stats,
-    }
+    options = HeadOptions(backend, workspace_bytes, sparse_tolerance, stats)
     fresh = [linear for linear in linears if type(linear) is nn.Linear]
     for linear in linears:
         if linear not in fresh:

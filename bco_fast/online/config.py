@@ -70,7 +70,5 @@ class OnlineConfig(FeedbackConfig):
         unread = type(self).__dataclass_fields__["vllm_gpu_memory_utilization"].default
         if self.generator != "vllm" and self.vllm_gpu_memory_utilization != unread:
             raise ValueError(f"generator {self.generator} does not read vllm_gpu_memory_utilization")
-        if self.vocab_order == "counts":
-            raise ValueError("vocab_order='counts' counts the tokens of a training set; online training has none")
         if self.reward_scale != "none" and self.loss_type != "una_score":
             raise ValueError(f"{self.loss_type} does not read reward_scale (given: {self.reward_scale!r})")

@@ -1,11 +1,11 @@
-"""Runs the reference model over what the cache does not hold yet, and checks a few rows of what it does."""
+"""Which reference model a cache belongs to: a digest of what decides the numbers it computes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,22 +14,20 @@ from torch import Tensor, nn
 from ..models.attention import PREFIX
 from .cache import ReferenceId
 
-# What a config says about itself rather than about the function it describes.
+# Settings of a config that do not change the function it describes.
 _VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
-
-
-_HASHED_PIECE = 32 << 20  # bytes; pieces of one tensor are hashed by several threads
+_HASHED_PIECE = 32 << 20  # bytes; several threads hash the pieces of one tensor
 
 
 def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = False) -> ReferenceId:
     """Identify a reference by what it computes: weights, config, dtype, attention backend.
 
-    Every weight is read from memory once, because only memory is what computes: files of the same name may have been
-    changed, converted or merged since. Threads share the work, 1 to 2 GB a second for each core.
+    Weights are hashed in memory, because files of the same name may have been edited, converted or merged since they
+    were loaded. Threads share the work, 1 to 2 GB a second per core.
 
     Args:
         autocast: "no", or the dtype that training and `fill` compute in.
-        adapter: of a PEFT model, identify it with its active adapters rather than its base model; see `fill`.
+        adapter: for a PEFT model, include its active adapters; otherwise its base model is identified. See `fill`.
 
     Raises:
         ValueError: a weight is not in memory (meta device), or an adapter is merged into the base weights in place.
@@ -48,19 +46,16 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
 
 
 def _settings(peft_config) -> dict:
-    return {
-        key: value for key, value in vars(peft_config).items() if key not in ("base_model_name_or_path", "revision")
-    }
+    return {k: v for k, v in vars(peft_config).items() if k not in ("base_model_name_or_path", "revision")}
 
 
 def _plain(value) -> object:
-    """For JSON; a set has another order in every process."""
+    """For JSON. A set is sorted, because its order differs between processes."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
-    """Tensors by name. Without its adapters a PEFT model has the names and tensors of its base model, so that both find
-    the same cache, whatever numbers the adapters were initialised with."""
+    """Tensors by name. Without adapters these are the base model's names and tensors, so that both find one cache."""
     if not hasattr(model, "peft_config"):
         return model.state_dict()
     if not adapter and not hasattr(model, "get_base_model"):
@@ -73,37 +68,34 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
         )
     if adapter:
         return model.state_dict()
-    # PEFT keeps the module that it wraps under one of two names.
-    wraps = {
+    base = next(f"{name}." for name, module in model.named_modules() if module is model.get_base_model())
+    # PEFT keeps the module that it wraps under one of two names; what else it puts beside it is the adapter's.
+    wrapped = {
         f"{name}.": f"{name}.{inner}."
         for name, layer in layers
         for inner in ("base_layer", "original_module")
         if inner in dict(layer.named_children())
     }
-    base = next(f"{name}." for name, module in model.named_modules() if module is model.get_base_model())
-    return {
-        name.removeprefix(base): tensor
-        for name, tensor in _unwrapped(model.state_dict(), wraps)
-        if name.startswith(base)
-    }
-
-
-def _unwrapped(state: Mapping[str, Tensor], wraps: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in state.items():
-        for outside, inside in reversed(wraps.items()):  # inner modules first: their names hold the outer ones
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for outside, inside in reversed(wrapped.items()):  # inner modules first: their names contain the outer ones
             if name.startswith(inside):
                 name = outside + name.removeprefix(inside)
             elif name.startswith(outside):
-                break  # the adapter's own
+                break
         else:
-            yield name, tensor
+            if name.startswith(base):
+                found[name.removeprefix(base)] = tensor
+    return found
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bytes; pieces are hashed by threads, and tied weights once."""
+    """Hash of names, dtypes, shapes and bytes. Threads share the pieces; tied weights are hashed once."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
-            raise ValueError(f"{name} of the reference model has no values in memory, so it cannot be identified")
+            raise ValueError(
+                f"{name} of the reference model has no values in memory, so the model cannot be identified"
+            )
     views = {(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device): t for t in weights.values()}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         pieces = {

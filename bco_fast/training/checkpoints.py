@@ -1,38 +1,45 @@
 """Checkpoints that are whole or are not used.
 
-    checkpoint-12/manifest.json    {"schema": 1, "files": {"optimizer.pt": {"bytes": 4242, "sha256": "..."}, ...}}
+    checkpoint-12/manifest.json    {"schema": 2, "files": {"model.safetensors": {"bytes": 4242, "crc32": "..."}, ...}}
     checkpoint-12/.incomplete      until the manifest is there
 
-The manifest is written last, after every file has reached the disk: it is what commits a checkpoint. A folder that has
-the mark and no manifest was cut short; one that has neither was saved by another Trainer, and cannot be verified.
+The manifest is written last, when every file is on the disk: it commits the checkpoint. A folder with the mark and
+without a manifest was cut short; a folder with neither was saved by another Trainer and cannot be verified.
 
-The Trainer itself skips an optimizer, a scheduler or a random state that is missing without a word, takes the folder
-with the highest number whatever is in it, and may delete the last whole checkpoint before the next one is.
+A large file of `torch.save` has no "crc32" in the manifest: its records carry CRC-32 sums already. The other files are
+summed while the disk is flushed. So a save waits for the disk, and hardly for the sums.
+
+The stock Trainer skips a missing optimizer, scheduler or random state silently, takes the folder with the highest number
+whatever is in it, and may delete the last whole checkpoint before the next one is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
-from ..files import atomic_text
+from .. import files
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had the SHA-256 of every file; it is still read
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
-THREADS = 8
-"""Files hashed at a time, at most."""
+MANIFEST_LIMIT = 16 << 20  # bytes; about 150,000 files
+ARCHIVE_SIZE = 1 << 20  # bytes; archives up to this size are summed like other files
+_THREADS = min(8, os.cpu_count() or 1)
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _DELETED = re.compile(r"checkpoint-\d+(\.replaced)?\.deleted")
@@ -41,7 +48,7 @@ _PICKLED = re.compile(
 )
 _READ = re.compile(_PICKLED.pattern + r"|(model|adapter_model)\.safetensors(\.index\.json)?|trainer_state\.json")
 
-# What a run cannot go on from without; the patterns are of paths in the folder. DeepSpeed keeps its own under global_step*.
+# Files without which a run cannot be resumed; the patterns match paths in the folder. DeepSpeed's are under global_step*.
 _NEEDED = {
     "trainer_state.json": r"trainer_state\.json",
     "model.safetensors": r"([^/]+/)?(model|adapter_model|pytorch_model)[^/]*\.(safetensors|bin)|pytorch_model_fsdp_\d+/.+|global_step\d+/.+",
@@ -56,27 +63,29 @@ class CheckpointError(ValueError):
 
 
 class Verdict(NamedTuple):
-    """What `examine` found."""
+    """What `examine` found.
+
+    problem: the damage, naming the file; None for a checkpoint that can be resumed.
+    verified: every file was compared with the manifest.
+    """
 
     problem: str | None
-    """The damage, naming the file; None for a checkpoint that can be resumed."""
     verified: bool
-    """Every file was compared with the manifest."""
 
 
-def _failpoint(name: str) -> None:
-    """Called between the steps of a save; tests put a kill here."""
+class _Damage(Exception):
+    pass
 
 
 # ---- writing
 
 
 def begin(folder: str | os.PathLike) -> None:
-    """An empty folder with the mark of an unfinished save. What stood there before is kept beside it until `commit`."""
+    """Create the folder, empty and marked as incomplete. An earlier one is kept beside it until `commit`."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.parent.iterdir():
-        if _DELETED.fullmatch(path.name):  # a deletion that was cut short
+        if _DELETED.fullmatch(path.name):  # an interrupted deletion
             shutil.rmtree(path, ignore_errors=True)
     aside = folder.with_name(f"{folder.name}.replaced")
     if os.path.lexists(folder):
@@ -86,32 +95,34 @@ def begin(folder: str | os.PathLike) -> None:
             if os.path.lexists(aside):
                 _delete(aside)
             os.replace(folder, aside)
-    _failpoint("set aside")
+    files.failpoint("set aside")
     folder.mkdir()
-    with (folder / INCOMPLETE).open("x") as file:
-        os.fsync(file.fileno())
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
-    _failpoint("begun")
+    (folder / INCOMPLETE).touch()
+    for path in (folder / INCOMPLETE, folder, folder.parent):
+        files.sync(path)
+    files.failpoint("begun")
 
 
 def commit(folder: str | os.PathLike) -> None:
-    """Bring every file in the folder to the disk, then write the manifest of their sizes and hashes."""
+    """Flush every file in the folder to the disk, then write the manifest."""
     folder = Path(folder)
     names = _files(folder)
-    described = dict(zip(names, _map(_describe_and_sync, [folder / name for name in names]), strict=True))
+    paths = [folder / name for name in names]
+    with ThreadPoolExecutor(_THREADS) as disk, ThreadPoolExecutor(_THREADS) as pool:
+        flushed = disk.map(files.sync, paths)
+        described = dict(zip(names, pool.map(_describe, paths), strict=True))
+        list(flushed)  # raises what failed
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync_folder(path)
-    _failpoint("files on disk")
-    with atomic_text(folder / MANIFEST) as file:
+            files.sync(path)
+    files.failpoint("files on disk")
+    with files.atomic_text(folder / MANIFEST) as file:
         json.dump({"schema": SCHEMA, "files": described}, file, indent=1)
         file.flush()
-        _failpoint("manifest half written")
-    _failpoint("manifest written")
-    _sync_folder(folder)
+        files.failpoint("manifest half written")
+    files.failpoint("manifest written")
     (folder / INCOMPLETE).unlink(missing_ok=True)
-    _failpoint("committed")
+    files.failpoint("committed")
     aside = folder.with_name(f"{folder.name}.replaced")
     if os.path.lexists(aside):
         _delete(aside)
@@ -122,8 +133,8 @@ def rotate(run_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | o
 
     Args:
         run_dir: where the checkpoints are.
-        limit: how many stay, or None or 0 for all.
-        keep: those that stay in any case: the one just committed, so that a whole one is always left, and the best.
+        limit: how many to keep; None or 0 for all.
+        keep: never deleted: the checkpoint just committed, so that a whole one is always left, and the best one.
     """
     if not limit or limit < 0:
         return
@@ -132,18 +143,18 @@ def rotate(run_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | o
     others = sorted((path for path in found if path.resolve() not in kept), key=_age)
     for path in others[: max(0, len(found) - max(limit, len(kept)))]:
         _delete(path)
-        _failpoint("one deleted")
+        files.failpoint("one deleted")
 
 
 def _age(folder: Path) -> tuple[bool, int, int]:
-    """By the time of the commit, not the number: numbers restart when a run is resumed from an earlier step."""
+    """By the time of the commit, not the number: a run that is resumed from an earlier step repeats numbers."""
     manifest = folder / MANIFEST
     whole = manifest.exists()
     return whole, (manifest if whole else folder).stat().st_mtime_ns, _step(folder)
 
 
 def _delete(path: Path) -> None:
-    """Out of the way in one step, so that a deletion that is cut short leaves no half checkpoint."""
+    """Rename before deleting, so that an interrupted deletion leaves no half checkpoint."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
@@ -151,54 +162,40 @@ def _delete(path: Path) -> None:
     if trash.exists():
         shutil.rmtree(trash)
     os.replace(path, trash)
-    _failpoint("renamed for deletion")
+    files.failpoint("renamed for deletion")
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative paths of all files, but for the manifest and the mark."""
+    """Relative paths of all files except the manifest and the mark."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return sorted(name for name in names if name not in (MANIFEST, INCOMPLETE) and not name.endswith(".tmp"))
 
 
-def _map(function: Callable, paths: Sequence[Path]) -> list:
-    """In threads: hashing lets go of the interpreter. The largest first, so that none is left over at the end."""
-    order = sorted(range(len(paths)), key=lambda i: -paths[i].stat().st_size)
-    with ThreadPoolExecutor(max(1, min(THREADS, os.cpu_count() or 1, len(paths)))) as pool:
-        done = dict(zip(order, pool.map(function, [paths[i] for i in order]), strict=True))
-    return [done[i] for i in range(len(paths))]
+def _describe(path: Path) -> dict:
+    size = path.stat().st_size
+    if size > ARCHIVE_SIZE and torch.serialization.get_crc32_options() and zipfile.is_zipfile(path):
+        return {"bytes": size}
+    return {"bytes": size, "crc32": _checksum(path, "crc32")}
 
 
-def _sha256(path: Path, sync: bool = False) -> tuple[int, str]:
-    """(bytes, hash)"""
-    content, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
+def _checksum(path: Path, kind: str) -> str:
+    """In hexadecimal. CRC-32 is twice as fast as SHA-256 and enough against accidents; schema 1 had SHA-256."""
+    sha256, crc32 = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        while read := file.readinto(buffer):
-            content.update(buffer[:read])
-            size += read
-        if sync:
-            os.fsync(file.fileno())
-    return size, content.hexdigest()
-
-
-def _describe_and_sync(path: Path) -> dict:
-    size, digest = _sha256(path, sync=True)
-    return {"bytes": size, "sha256": digest}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        while piece := file.read(1 << 20):
+            if kind == "crc32":
+                crc32 = zlib.crc32(piece, crc32)
+            else:
+                sha256.update(piece)
+    return f"{crc32:08x}" if kind == "crc32" else sha256.hexdigest()
 
 
 # ---- reading
 
 
 def examine(folder: str | os.PathLike) -> Verdict:
-    """Whether training can go on from this folder, exactly. Reads every byte of it; runs no code that it holds."""
+    """Whether training can be resumed from this folder exactly. Reads every byte, runs no code that is in it."""
     folder = Path(folder)
     if not folder.is_dir():
         return Verdict("there is no such folder", False)
@@ -213,12 +210,9 @@ def examine(folder: str | os.PathLike) -> Verdict:
         for name, pattern in _NEEDED.items():
             if not any(re.fullmatch(pattern, found) for found in names):
                 raise _Damage(f"{name} is missing")
-        _read_state(folder / "trainer_state.json")
         for name in names:
-            if _PICKLED.fullmatch(name):
-                _read_pickled(folder / name)
-            elif not verified and name.endswith((".safetensors", ".safetensors.index.json")):
-                _read_safetensors(folder / name)
+            with _reading(folder / name):
+                _parse(folder / name, name, verified)
     except _Damage as damage:
         return Verdict(str(damage), verified)
     except OSError as error:
@@ -226,74 +220,93 @@ def examine(folder: str | os.PathLike) -> Verdict:
     return Verdict(None, verified)
 
 
-class _Damage(Exception):
-    pass
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Damage:
+        raise
+    except Exception as error:  # damage makes a parser raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _Damage(f"{path.name} cannot be read ({reason})") from None
+
+
+def _parse(path: Path, name: str, verified: bool) -> None:
+    """Raise if the Trainer could not read a file. A checksum vouches for tensors, but not for what a pickle asks for."""
+    if name == "trainer_state.json":
+        if not isinstance(json.loads(path.read_bytes())["global_step"], int):
+            raise ValueError("it has no step")
+    elif _PICKLED.fullmatch(name):
+        if zipfile.is_zipfile(path):
+            _read_archive(path, checksums=False)
+        with (
+            safe_globals()
+        ):  # mmap leaves tensors on the disk; a pickle that is more than data is refused before it runs
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    elif verified:
+        return
+    elif name.endswith(".safetensors"):
+        with safe_open(path, framework="pt"):  # compares the header with the size of the file
+            pass
+    elif name.endswith(".safetensors.index.json"):
+        for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
+            if not (path.parent / shard).is_file():
+                raise _Damage(f"{shard} is missing")
+
+
+def _read_archive(path: Path, checksums: bool) -> None:
+    """The records of a `torch.save` archive, which are never compressed, so that they take no more memory than disk."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not stored or sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("its records are compressed")
+        if checksums and archive.testzip() is not None:
+            raise _Damage(f"{path.name} was altered: {archive.testzip()} in it does not match its checksum")
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:
-    try:
+    with _reading(path):
+        if path.stat().st_size > MANIFEST_LIMIT:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         manifest = json.loads(path.read_bytes())
-        if manifest["schema"] != SCHEMA:
-            raise _Damage(f"{MANIFEST} has schema {manifest['schema']!r}, and this version reads {SCHEMA}")
+        if manifest["schema"] not in (1, SCHEMA):
+            raise _Damage(f"{MANIFEST} has schema {manifest['schema']!r}; this version reads 1 and {SCHEMA}")
         for name, file in manifest["files"].items():
             place = PurePosixPath(name)
             if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name:
                 raise ValueError(f"{name!r} is outside the checkpoint")
-            if not (isinstance(file["bytes"], int) and isinstance(file["sha256"], str)):
-                raise ValueError(f"{name!r} has no size or hash")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damage(f"{MANIFEST} cannot be read ({error})") from None
-    return manifest["files"]
+            if not isinstance(file["bytes"], int):
+                raise ValueError(f"{name!r} has no size")
+        return manifest["files"]
 
 
-def _compare(folder: Path, files: dict[str, dict]) -> list[str]:
-    """Sizes before hashes: a missing gigabyte need not be waited for."""
-    for name, file in files.items():
+def _compare(folder: Path, described: dict[str, dict]) -> list[str]:
+    """Sizes first, because they take no time. Returns the names of the manifest's files."""
+    for name, file in described.items():
         path = folder / name
         if not path.is_file():
             raise _Damage(f"{name} is missing")
         if path.stat().st_size != file["bytes"]:
             raise _Damage(f"{name} has {path.stat().st_size} bytes, not {file['bytes']}")
     for name in _files(folder):
-        if name not in files and _READ.fullmatch(name):
+        if name not in described and _READ.fullmatch(name):
             raise _Damage(f"{name} does not belong to it: it is not in {MANIFEST}")
-    for name, (_, digest) in zip(files, _map(_sha256, [folder / name for name in files]), strict=True):
-        if digest != files[name]["sha256"]:
-            raise _Damage(f"{name} was altered: its hash is not that in {MANIFEST}")
-    return list(files)
+
+    def check(name: str) -> None:
+        kind = next((kind for kind in ("crc32", "sha256") if kind in described[name]), None)
+        if kind is None:
+            with _reading(folder / name):
+                _read_archive(folder / name, checksums=True)
+        elif _checksum(folder / name, kind) != described[name][kind]:
+            raise _Damage(f"{name} was altered: its {kind} is not that in {MANIFEST}")
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # summing releases the interpreter lock
+        list(pool.map(check, described))
+    return list(described)
 
 
-def _read_state(path: Path) -> None:
-    try:
-        state = json.loads(path.read_bytes())
-        step = state["global_step"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _Damage(f"{path.name} cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(step, int):
-        raise _Damage(f"{path.name} has no step")
-
-
-def _read_pickled(path: Path) -> None:
-    """Tensors stay on disk (mmap); what is not tensors, numbers and containers is refused before anything of it runs."""
-    try:
-        with safe_globals():
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged archive raises whatever the damage leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _Damage(f"{path.name} cannot be read ({reason})") from None
-
-
-def _read_safetensors(path: Path) -> None:
-    try:
-        if path.suffix == ".json":
-            for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
-                if not (path.parent / shard).is_file():
-                    raise _Damage(f"{shard} is missing")
-        else:
-            with safe_open(path, framework="pt"):  # compares the header with the size of the file
-                pass
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damage(f"{path.name} cannot be read ({error})") from None
+# ---- choosing
 
 
 def _step(folder: Path) -> int:
@@ -302,11 +315,11 @@ def _step(folder: Path) -> int:
 
 
 def candidates(wanted: str | os.PathLike | bool, output_dir: str | os.PathLike) -> list[Path]:
-    """Folders to resume from, in the order in which to try them; none of them opened.
+    """Folders to resume from, in the order to try them. None of them is opened.
 
     Args:
-        wanted: True for all in output_dir, the highest step first; or a folder, which the earlier ones beside it follow.
-            Never a later one: who names a step does not want what came after it.
+        wanted: True for all in output_dir, highest step first; or a folder, followed by the earlier ones beside it. Later
+            ones are left out, because a user who names a step does not want what came after it.
     """
     parent = Path(output_dir) if wanted is True else Path(wanted).absolute().parent
     found = [p for p in parent.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if parent.is_dir() else []
@@ -320,7 +333,7 @@ def candidates(wanted: str | os.PathLike | bool, output_dir: str | os.PathLike) 
 
 
 def choose(folders: Sequence[Path], examine: Callable[[Path], Verdict] = examine) -> tuple[Path, str | None]:
-    """The first whole checkpoint, and what to tell the user about it and about those before it.
+    """The first whole checkpoint, and what to tell the user about it and about those passed over.
 
     Raises:
         CheckpointError: none is whole.

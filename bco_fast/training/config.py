@@ -138,11 +138,6 @@ class FeedbackConfig(TrainingArguments):
         "The backward of a trainable head leaves out the least of the logits' gradient, at most this share of its L1 norm, "
         "[0, 1). 0: the exact backward.",
     )
-    vocab_order: str = _option(
-        "ids",
-        "How the vocabulary is cut into cells for sparse_tolerance: by token ids, or by counts in the training data.",
-        choices=["ids", "counts"],
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,8 +170,6 @@ class FeedbackConfig(TrainingArguments):
             raise ValueError("desirable_weight='auto' sets both weights: leave undesirable_weight at 1")
         if not 0.0 <= self.sparse_tolerance < 1.0:
             raise ValueError(f"sparse_tolerance must be in [0, 1), not {self.sparse_tolerance}")
-        if self.vocab_order not in ("ids", "counts"):
-            raise ValueError(f"vocab_order must be ids or counts, not {self.vocab_order!r}")
         for name in ("beta", "slic_delta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

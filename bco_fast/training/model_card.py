@@ -1,10 +1,10 @@
-"""The model card of a run: what was trained, from what, with what result."""
+"""The model card of a run: objective, data, held-out figures, options and versions."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SOURCES: dict[str, tuple[str, str]] = {
     "bco": (
@@ -28,7 +28,7 @@ SOURCES: dict[str, tuple[str, str]] = {
     "rdpo": ("−log σ(r_w − r_l + α(|y_w| − |y_l|))", "Park et al., arXiv 2403.19159, Eq. 9"),
     "nca": ("−log σ(r_w) − ½ (log σ(−r_w) + log σ(−r_l))", "Chen et al., arXiv 2402.05369"),
 }
-"""loss_type -> (cost of a completion or pair, where it is from)."""
+"""loss_type -> (cost of a completion or pair, source)."""
 
 _FIGURES = {
     "eval_rewards/auc": "AUC of the reward, thumbs up against thumbs down",
@@ -40,11 +40,14 @@ _FIGURES = {
 }
 
 
+_NOTES = {"skipped": "bad rows left out", "prompts_cut": "prompts cut", "completions_cut": "completions cut"}
+
+
 def model_card(record: Mapping) -> str:
     """README.md of a model.
 
     Args:
-        record: as `run_record.RunRecorder` keeps it: no secrets and no absolute paths.
+        record: the record that `record.RunRecorder` keeps; it has no secrets and no absolute paths.
     """
     name, loss_type = str(record.get("model") or ""), record["loss_type"]
     formula, source = SOURCES.get(loss_type, ("", ""))
@@ -70,13 +73,7 @@ def model_card(record: Mapping) -> str:
         + (f", epoch {record['epoch']:.2f}" if record.get("epoch") is not None else "")
         + f"; {record.get('seconds', 0):,.0f} s on {record.get('devices', 1)} device(s), peak memory "
         f"{record.get('peak_memory_mb', 0):,.0f} MB ({_text(record.get('peak_memory_of', 'process'))}).",
-        "\n".join(
-            [
-                "| option | value |",
-                "|---|---|",
-                *(f"| `{k}` | {_code(v)} |" for k, v in record.get("options", {}).items()),
-            ]
-        ),
+        _table(["option", "value"], [(f"`{k}`", _code(v)) for k, v in record.get("options", {}).items()]),
         "Options that are not listed are at their defaults.",
         "## Versions",
         ", ".join(f"{k} {_text(v)}" for k, v in record.get("versions", {}).items()),
@@ -105,26 +102,24 @@ def _data(record: Mapping) -> str:
     for title, counts in (("training", record["data"].get("train")), ("held out", record["data"].get("held_out"))):
         if not counts:
             continue
-        what = (
-            f"{counts['rows']:,} pairs"
-            if counts["pairs"]
-            else f"{counts['rows']:,} rows ({counts['up']:,} up, {counts['down']:,} down)"
-        )
-        notes = [f"{counts[key]:,} {say}" for key, say in (("skipped", "bad rows left out"), ("prompts_cut", "prompts cut"), ("completions_cut", "completions cut")) if counts.get(key)]  # fmt: skip
-        lines.append(f"* {title}: {what}{'; ' + ', '.join(notes) if notes else ''}")
+        split = "pairs" if counts["pairs"] else f"rows ({counts['up']:,} up, {counts['down']:,} down)"
+        notes = [f"{counts[key]:,} {text}" for key, text in _NOTES.items() if counts.get(key)]
+        lines.append(f"* {title}: {counts['rows']:,} {split}{'; ' + ', '.join(notes) if notes else ''}")
     return "\n".join(lines) or "Not recorded."
 
 
 def _held_out(record: Mapping) -> str:
     figures = record.get("held_out") or {}
-    rows = [f"| {title} | {figures[name]:.4g} |" for name, title in _FIGURES.items() if name in figures]
-    if not rows:
-        return "Not evaluated yet."
-    return "\n".join([f"| at step {figures.get('step', 0)} | |", "|---|---|", *rows])
+    rows = [(title, f"{figures[name]:.4g}") for name, title in _FIGURES.items() if name in figures]
+    return _table([f"at step {figures.get('step', 0)}", ""], rows) if rows else "Not evaluated yet."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _text(value) -> str:
-    """Plain words: nothing that Markdown or HTML would read as markup."""
+    """Without anything that Markdown or HTML would read as markup."""
     return re.sub(r"[^\w .,:+/=-]", "", str(value)).strip()
 
 

@@ -7,7 +7,7 @@ import os
 
 from torch import nn
 
-from ..head.linear_logps import HeadStats
+from ..head.types import HeadStats
 from ..models.load import add_adapter, load_model
 from ..models.memory import chunk_mlps
 from ..models.patch import patch_model

@@ -1,13 +1,14 @@
-"""What a run leaves beside its checkpoints for people to look at: run.json, held_out.jsonl and the model card.
+"""What a run writes for people to read: run.json, held_out.jsonl and the model card.
 
-run.json          what was trained, with what, on what: no secrets, no absolute paths; rewritten whole at every save
+run.json          model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
 held_out.jsonl    one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
                   "tokens"}; reward in reward units, logp summed, in nats
-README.md         the model card, in every checkpoint and at the end in the run's folder
+README.md         the model card: in every checkpoint, and in the run's folder at the end
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -28,12 +29,12 @@ from ..models.memory import peak_memory_mb
 from .config import FeedbackConfig
 from .model_card import model_card
 
-# Said of every run; of the other options those that are not at their default.
+# Always recorded; other options only if they differ from their default.
 _ALWAYS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "seed",
 )  # fmt: skip
-# Where a run lies and where it is sent is nobody's business who reads its card.
+# Secrets, and where a run is stored or sent, which concerns no reader of its card.
 _PRIVATE = re.compile(
     r"token|secret|password|api_key|^hub_|^push_to|_dir$|^resume_from|^trackio|^local_rank$|^loss_type$|^beta$"
 )
@@ -42,7 +43,7 @@ _PACKAGES = ("bco_fast", "torch", "transformers", "accelerate", "peft", "bitsand
 
 
 class RunRecorder(TrainerCallback):
-    """Writes them on the first process: the card whenever a model is saved, the rest also when an evaluation or training ends."""
+    """Writes these files on the first process: the card with every saved model, the others also after evaluations and at the end."""
 
     def __init__(self, train: FeedbackDataset | None, held_out: FeedbackDataset | None):
         self.record: dict = {"data": {"train": _describe(train), "held_out": _describe(held_out)}, "held_out": {}}
@@ -51,7 +52,7 @@ class RunRecorder(TrainerCallback):
         self.earlier_seconds = 0.0
 
     def keep(self, columns: Tensor, labels: Tensor) -> None:
-        """The rows of an evaluation, until it ends.
+        """Hold the rows of an evaluation until `on_evaluate` writes them.
 
         Args:
             columns: [items, sides, >= 6]: reward, logp, ..., and last the number of tokens.
@@ -61,12 +62,10 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.start = time.perf_counter()
-        if state.global_step and (Path(args.output_dir) / "run.json").is_file():  # resumed: the time adds up
-            try:
+        if state.global_step:  # resumed: times add up
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self.earlier_seconds = float(json.loads((Path(args.output_dir) / "run.json").read_text())["seconds"])
-            except (OSError, ValueError, KeyError, TypeError):
-                self.earlier_seconds = 0.0
-        elif not state.global_step and state.is_world_process_zero:  # another run's rows would pass for this one's
+        elif state.is_world_process_zero:  # of another run
             (Path(args.output_dir) / "held_out.jsonl").unlink(missing_ok=True)
         self._update(args, state, model)
         self._write_record(args, state)
@@ -91,9 +90,9 @@ class RunRecorder(TrainerCallback):
         self._write_record(args, state)
 
     def write_card(self, folder: str | Path, args: FeedbackConfig, state: TrainerState, model: nn.Module) -> None:
-        """README.md of a folder with a model, in place of the one of PEFT, which knows less and names local paths.
+        """Write README.md beside a model. It replaces PEFT's, which knows less and contains local paths.
 
-        For `save_model`, not `on_save`: a checkpoint's manifest holds the card's hash, so it is there before the commit.
+        `save_model` calls it, not `on_save`, because the manifest of a checkpoint holds the card's checksum.
         """
         self._update(args, state, model)
         with atomic_text(Path(folder) / "README.md") as file:
@@ -131,15 +130,8 @@ def _write_rows(path: Path, columns: Tensor, labels: Tensor, step: int) -> None:
     with atomic_text(path) as file:
         for item, (sides, side_labels) in enumerate(zip(columns, labels, strict=True)):
             for (reward, logp, *_, tokens), label in zip(sides, side_labels, strict=True):
-                row = {
-                    "step": step,
-                    "item": item,
-                    "label": label,
-                    "reward": reward,
-                    "logp": logp,
-                    "tokens": int(tokens),
-                }
-                file.write(json.dumps(row) + "\n")
+                row = {"step": step, "item": item, "label": label, "reward": reward, "logp": logp}
+                file.write(json.dumps(row | {"tokens": int(tokens)}) + "\n")
 
 
 def _describe(dataset: FeedbackDataset | None) -> dict | None:
@@ -163,7 +155,7 @@ def _describe_model(model: nn.Module) -> dict:
 
 
 def public_options(args: FeedbackConfig) -> dict:
-    """Hyper-parameters of a configuration for others to read: those that matter always, the others if changed."""
+    """Hyper-parameters to publish: the most important ones always, others if they differ from their default."""
     options = {}
     for field in dataclasses.fields(args):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
@@ -179,7 +171,7 @@ def public_options(args: FeedbackConfig) -> dict:
 
 
 def public(value):
-    """The same value with every local path cut down to its last part, and what a nested key calls secret left out."""
+    """The value with local paths reduced to their last part, and without nested keys that name a secret."""
     if isinstance(value, dict):
         return {str(k): public(v) for k, v in value.items() if not _PRIVATE.search(str(k))}
     if isinstance(value, (list, tuple)):
@@ -194,8 +186,6 @@ def public(value):
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

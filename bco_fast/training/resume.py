@@ -1,4 +1,4 @@
-"""Resume: what the Trainer must do so that a resumed run is bitwise the uninterrupted one, from whole checkpoints only."""
+"""Bit-exact resume, from whole checkpoints only: what the Trainer lacks for it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .checkpoints import CheckpointError, Verdict, begin, candidates, choose, co
 
 
 class _SaveAfterEpochEnd(TrainerCallback):
-    """A save at an epoch's last step, or the run's, waits for what else happens there.
+    """Delays a save at the last step of an epoch, or of the run, until that epoch's log line and evaluation are done.
 
-    Otherwise the epoch's log line and evaluation come after it, and a run resumed from it would lack them, and the random
-    numbers that evaluating draws.
+    Otherwise a run resumed from it would lack them, and the random numbers that the evaluation draws.
     """
 
     waiting = False
@@ -36,10 +35,11 @@ class _SaveAfterEpochEnd(TrainerCallback):
 
 
 class WholeCheckpoints:
-    """Before `Trainer` in a class's bases: every checkpoint has a manifest, and only whole ones are resumed from.
+    """Mixin before `Trainer`: every checkpoint has a manifest, and only whole ones are resumed from.
 
-    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint of output_dir; a folder that is named and is
-    damaged gives way to the newest whole one of an earlier step beside it. Both say so in one RuntimeWarning.
+    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint of output_dir. A named folder that is damaged is
+    replaced by the newest whole checkpoint of an earlier step beside it. Either way one RuntimeWarning says what was
+    passed over.
     """
 
     _limit_given: int | None = None
@@ -48,19 +48,14 @@ class WholeCheckpoints:
         super().__init__(*args, **kwargs)
         self.add_callback(_SaveAfterEpochEnd())
 
-    # Everyone must come to the same answer, and not everyone sees every file: those who write checkpoints look.
-
     def _examine(self, folder: Path) -> Verdict:
+        """The same verdict on every rank: the ranks that write checkpoints look, because others may not see the files."""
         verdicts = gather_object([examine(folder) if self.args.should_save else None])
         verdicts = [verdict for verdict in verdicts if verdict is not None]
         return next((verdict for verdict in verdicts if verdict.problem is not None), verdicts[0])
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
-        """Of the Trainer.
-
-        Raises:
-            CheckpointError: there is no whole checkpoint to resume from.
-        """
+        """As the Trainer's. Raises CheckpointError if there is no whole checkpoint to resume from."""
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -74,26 +69,26 @@ class WholeCheckpoints:
         world, rank = self.args.world_size, self.args.process_index
         own = folder / ("rng_state.pth" if world == 1 else f"rng_state_{rank}.pth")
         if not all(gather_object([own.is_file()])):
-            note = f"{note or f'resuming from {folder}'}; it was saved by another number of processes than {world}, so random numbers differ"
+            start = note or f"resuming from {folder}"
+            note = f"{start}; it was saved by another number of processes than {world}, so random numbers differ"
         if note and self.is_world_process_zero():
             warnings.warn(note, RuntimeWarning, stacklevel=4)
         return str(folder)
 
     def _load_callback_state(self) -> None:
-        """Counters such as that of early stopping go on where they were, in the callbacks that were passed in."""
+        """Restore the callbacks' counters, such as early stopping's, into the objects that the caller passed."""
         saved = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
             if not isinstance(callback, ExportableState):
                 continue
-            state = saved.setdefault(
-                type(callback).__name__, callback.state()
-            )  # the Trainer needs an entry to save into
+            # The Trainer needs an entry to save into.
+            state = saved.setdefault(type(callback).__name__, callback.state())
             if isinstance(state, dict) and not getattr(callback, "restores_itself", False):
                 for name, value in state["attributes"].items():
                     setattr(callback, name, value)
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed at the last step: the Trainer would do one more
+        if self.state.global_step >= self.state.max_steps:  # resumed at the last step; the Trainer would train one more
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -103,7 +98,7 @@ class WholeCheckpoints:
         if self.args.should_save:
             begin(folder)
         self.accelerator.wait_for_everyone()
-        # The Trainer deletes old checkpoints before this one is whole, so for its part there is no limit.
+        # The Trainer would delete old checkpoints before this one is whole, so it sees no limit.
         self._limit_given = self.args.save_total_limit
         with self._limit(None):
             super()._save_checkpoint(model, trial)
@@ -115,7 +110,7 @@ class WholeCheckpoints:
             rotate(folder.parent, self.args.save_total_limit, [folder] if best is None else [folder, best])
 
     def _commit(self, folder: Path) -> None:
-        self.accelerator.wait_for_everyone()  # every rank's files are there
+        self.accelerator.wait_for_everyone()  # for the files of every rank
         if self.args.should_save:
             commit(folder)
         self.accelerator.wait_for_everyone()
@@ -126,7 +121,9 @@ class WholeCheckpoints:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, *args, **kwargs):
-        with self._limit(self._limit_given or self.args.save_total_limit):  # training_args.bin says what was asked for
+        with self._limit(
+            self._limit_given or self.args.save_total_limit
+        ):  # training_args.bin holds the limit that was given
             super()._save(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -138,14 +135,13 @@ class WholeCheckpoints:
             self.args.save_total_limit = before
 
     def _finalize_training(self, *args, **kwargs):
-        """A best checkpoint that was damaged since is not loaded, and the others are not deleted in its favour."""
+        """Do not load a best checkpoint that has been damaged, nor delete the others in its favour."""
         best = self.state.best_model_checkpoint
         if best is not None and (self.args.load_best_model_at_end or self.args.save_total_limit == 1):
             problem = self._examine(Path(best)).problem
             if problem is not None:
                 if self.is_world_process_zero():
-                    warnings.warn(
-                        f"{best}: {problem}; the model stays that of the last step", RuntimeWarning, stacklevel=4
-                    )
+                    note = f"{best}: {problem}; the model stays that of the last step"
+                    warnings.warn(note, RuntimeWarning, stacklevel=4)
                 self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..head.linear_logps import HeadStats
+from ..head.types import HeadStats
 from ..losses.metrics import FIELDS, unpaired_metrics
 from ..losses.reward_shift import RewardShift
 
@@ -59,9 +59,9 @@ class FeedbackState(TrainerCallback, ExportableState):
 
     def _add_backward(self) -> None:
         """Take in, once, what the last backward of a sparse head reported."""
-        if self.head.rho is not None:
-            self._numbers["rho"] += self.head.rho
-            self._numbers["certified"] += self.head.certified
+        if self.head.kept_fraction is not None:
+            self._numbers["rho"] += self.head.kept_fraction
+            self._numbers["certified"] += self.head.error_bound
             self._numbers["sparse"] += 1
             self.head.clear()
 

@@ -14,7 +14,7 @@ from bco_fast.losses import OBJECTIVES
 DATA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval_feedback.jsonl"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(path)

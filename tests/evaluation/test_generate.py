@@ -27,12 +27,12 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model():
     return tiny.model(std=0.3).eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)

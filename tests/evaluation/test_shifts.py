@@ -14,7 +14,7 @@ from bco_fast.evaluation import shifts as module
 from bco_fast.evaluation.shifts import SERIES, ShiftError, TokenValues, compare, gini, token_values
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def examples():
     return load_feedback(tiny.rows(12), tiny.build_tokenizer()).examples
 
@@ -111,7 +111,7 @@ def test_a_value_that_is_not_finite_is_named(examples):
         token_values(model, examples, pad_token_id=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("policy", "reference")):

@@ -64,7 +64,7 @@ def cases():
         for extras in (False, True):
             config = configs.FOLD_LOGITS
             integers = "N V FIRST C STATE stride_tn stride_on stride_mn"
-            types = _types(dtype, "bias out", fp32="tile state shrink slope mass", integers=integers)
+            types = _types(dtype, "bias out", fp32="tile state mass", integers=integers)
             blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
             flags = _flags(extras, "BIAS SOFTCAP ENTROPY MASS OUT")
             name = f"fold_logits {dtype}{' bias softcap entropy mass out' if extras else ''}"
@@ -86,9 +86,9 @@ def cases():
             )
             blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
             constants = blocks | {"HAS_WEIGHT": True, "TILE": 256, "ACC": tl.float32}
-            constants |= (HEAD if name == "dlogits" else {}) | _flags(extras, "BIAS SOFTCAP ORDER")
+            constants |= (HEAD if name == "dlogits" else {}) | _flags(extras, "BIAS SOFTCAP")
             constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
-            suffix = " bias softcap order" if extras and name == "dlogits" else ""
+            suffix = " bias softcap" if extras and name == "dlogits" else ""
             yield f"gathered_{name} {dtype}{suffix}", kernel, types, constants, config
     config = configs.ADD_PRODUCTS
     types = _types("fp32", "product", fp32="d_hidden", integers="D")
@@ -102,10 +102,8 @@ def cases():
 def _types(dtype: str, operands: str, *, fp32: str, integers: str) -> dict[str, str]:
     types = {f"{name}_ptr": f"*{dtype}" for name in operands.split()}
     types |= {f"{name}_ptr": "*fp32" for name in fp32.split()}
-    types |= {"part_peak_ptr": "*i32"}
-    types |= dict.fromkeys(
-        ["target_ptr", "peak_ptr", "order_ptr", "rows_ptr", "offset_ptr", "place_ptr", "row_start_ptr"], "*i64"
-    )
+    types |= {"part_argmax_ptr": "*i32"}
+    types |= dict.fromkeys(["target_ptr", "argmax_ptr", "rows_ptr", "offset_ptr", "place_ptr", "row_start_ptr"], "*i64")
     return types | dict.fromkeys(integers.split(), "i32")
 
 

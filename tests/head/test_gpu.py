@@ -61,8 +61,8 @@ def test_the_sparse_backward(backend, dtype):
 
     stats = HeadStats()
     sparse, again, dense = step(2.0**-5, stats), step(2.0**-5), step(0.0)
-    assert stats.certified <= 2.0**-5
-    assert stats.rho < 0.4, "a test of the sparse way must leave something out"
+    assert stats.error_bound <= 2.0**-5
+    assert stats.kept_fraction < 0.4, "a test of the sparse way must leave something out"
     for ours, same, truth in zip(sparse, again, dense, strict=True):
         assert torch.equal(ours, same)
         assert (ours - truth).norm() / truth.norm() <= 0.05

@@ -18,8 +18,9 @@ HEAD, FOLD, BACK, TILES = (
     "kernels/head_backward.py",
     "kernels/tiles.py",
 )
-SPARSE, CELLS = "kernels/sparse_backward.py", "bco_fast/head/sparse/choose.py"
-CHUNKED, LAUNCH = "bco_fast/head/backends/torch.py", "bco_fast/head/backends/triton.py"
+SPARSE, CHOICE = "kernels/sparse_backward.py", "bco_fast/head/sparse/choose.py"
+WALK, LAUNCH = "bco_fast/head/backends/walk.py", "bco_fast/head/backends/triton.py"
+TILING, GATHERED = "bco_fast/head/tiling.py", "bco_fast/head/sparse/torch.py"
 
 MUTANTS = {
     "vocabulary mask dropped": (TILES, 'b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))', "b_z = b_z"),
@@ -30,7 +31,7 @@ MUTANTS = {
     "strides swapped": (TILES, "o_hidden = o_n[:, None] * stride_hn", "o_hidden = o_n[:, None] * stride_wv"),
     "bias after the scale": (TILES, "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]", "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :] / LOGIT_SCALE"),
     "temperature forgotten": (TILES, "b_z = b_z * (1.0 / TEMPERATURE)", "b_z = b_z * 1.0"),
-    "softcap slope is 1": (TILES, "return value, 4.0 * e / ((1.0 + e) * (1.0 + e))", "return value, 0.0 * e + 1.0"),
+    "derivative of the softcap is 1": (TILES, "return value, 4.0 * e / ((1.0 + e) * (1.0 + e))", "return value, 0.0 * e + 1.0"),
     "half-precision accumulator": (TILES, "    return b_acc\n", "    return b_acc.to(tl.float16).to(ACC)\n"),
     "running sum not rescaled": (HEAD, "b_sum = b_sum * b_shrink + tl.sum(b_e, axis=1)", "b_sum = b_sum + tl.sum(b_e, axis=1)"),
     "maximum forgotten": (HEAD, "b_new = tl.maximum(b_max, b_highest)", "b_new = b_highest"),
@@ -39,26 +40,26 @@ MUTANTS = {
     "splits not rescaled": (HEAD, "b_sum += b_part_sum * b_shrink", "b_sum += b_part_sum"),
     "foreign target not NaN": (HEAD, 'b_logp = tl.where((b_target >= 0) & (b_target < V), b_logp, float("nan"))', "b_logp = b_logp"),
     "fold keeps the old maximum": (FOLD, "b_shrink = guarded_exp(b_old, b_max)", "b_shrink = guarded_exp(b_old, b_old)"),
-    "fold leaves the target in": (FOLD, "b_out = tl.where(m_y, 0.0, b_e * b_slope)", "b_out = b_e * b_slope"),
+    "fold leaves the target in": (FOLD, "b_out = tl.where(m_y, 0.0, b_e * b_softcap_grad)", "b_out = b_e * b_softcap_grad"),
     "gradient of the target dropped": (BACK, "return b_z, b_p, tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c", "return b_z, b_p, -b_p * b_c"),
     "sign of the target's gradient": (BACK, "tl.where(m_y, one_minus_exp(b_logp_y), -b_p)", "tl.where(m_y, -one_minus_exp(b_logp_y), -b_p)"),
-    "maximum from this tile": (BACK, "b_z = tl.where(o_v[None, :] == b_peak, b_max, b_z)", "b_z = b_z"),
+    "maximum from this tile": (BACK, "b_z = tl.where(o_v[None, :] == b_argmax, b_max, b_z)", "b_z = b_z"),
     "column of the maximum off by a tile": (HEAD, "start.to(tl.int32) + b_column", "first_column.to(tl.int32) + b_column"),
-    "a tile too large": (LAUNCH, "columns = min(v, max(workspace_bytes // (cell * n), FEWEST_COLUMNS))\n", "return n, min(v, FEWEST_COLUMNS)\n"),
-    "scale missing in the gradient": (BACK, "b_dz = b_dz * b_slope * (LOGIT_SCALE / TEMPERATURE)", "b_dz = b_dz * b_slope"),
+    "a tile too large": (TILING, "    def used() -> float:\n", "    return n, v\n\n    def used() -> float:\n"),
+    "scale missing in the gradient": (BACK, "b_dz = b_dz * b_softcap_grad * (LOGIT_SCALE / TEMPERATURE)", "b_dz = b_dz * b_softcap_grad"),
     "entropy gradient without H": (BACK, "b_g * b_p * (b_logp + b_entropy)", "b_g * b_p * b_logp"),
-    "chunk offset forgotten": (LAUNCH, "FIRST=first,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),", "FIRST=0,\n        C=c,\n        stride_tn=tile.stride(0),\n        stride_on=dz.stride(0),"),
-    "hidden gradient overwritten": (CHUNKED, "add_matmul(d_hidden[rows], dz, chunk)", "matmul(dz, chunk, out=d_hidden[rows])"),
-    "target of a gathered row forgotten": (CHUNKED, "dz[exact.cell[here] - first, exact.column[here]] = exact.value[here]", "pass"),
-    "cells of a foreign target dropped": (CELLS, "torch.where(own[rows, None], 0.0, weight.gather(1, at))", "torch.zeros_like(at, dtype=weight.dtype)"),
-    "twice the budget": (CELLS, "dropped = (sums <= _UNITS).sum()", "dropped = (sums <= 2 * _UNITS).sum()"),
-    "the last bin dropped whole": (CELLS, "sums = spent + histogram.cumsum(0)", "sums = spent + histogram.cumsum(0) - histogram"),
-    "target cells not kept": (CELLS, "kept.gather(1, tile[rows]) | (own & (upstream != 0))[rows, None]", "kept.gather(1, tile[rows])"),
+    "chunk offset forgotten": (LAUNCH, "FIRST=columns.start, C=c, stride_tn=tile.stride(0), stride_on=out.stride(0),", "FIRST=0, C=c, stride_tn=tile.stride(0), stride_on=out.stride(0),"),
+    "hidden gradient overwritten": (WALK, "add_matmul(d_hidden[rows], dz, chunk)", "matmul(dz, chunk, out=d_hidden[rows])"),
+    "target of a gathered row forgotten": (GATHERED, "dz[exact.block[known] - first, exact.column[known]] = exact.value[known]", "pass"),
+    "blocks of a foreign target dropped": (CHOICE, "torch.where(has_target[rows, None], 0.0, cost.gather(1, at))", "torch.zeros_like(at, dtype=cost.dtype)"),
+    "twice the budget": (CHOICE, "dropped = (sums <= _UNITS).sum()", "dropped = (sums <= 2 * _UNITS).sum()"),
+    "the last bin dropped whole": (CHOICE, "sums = spent + histogram.cumsum(0)", "sums = spent + histogram.cumsum(0) - histogram"),
+    "target blocks not kept": (CHOICE, "kept.gather(1, target_tile[rows]) | (has_target & (upstream != 0))[rows, None]", "kept.gather(1, target_tile[rows])"),
     "a cut tile not carried": (SPARSE, "mask=(o_d < tl.where(carried, D, 0))[None, :]", "mask=(o_d < 0)[None, :]"),
     "tiles written over one another": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + (o_i - start)[:, None] * TILE"),
     "a row's last product left out": (SPARSE, "for i in range(start, stop):", "for i in range(start, stop - 1):"),
-    "weight gradient in the wrong order": (SPARSE, "p_weight = d_weight_ptr + (_words(order_ptr, o_v, V, HAS_ORDER) * stride_wv)", "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)"),
-    "weight gradient of the last rows only": (CHUNKED, "add_matmul(d_chunk, dz.T, hidden_rows)", "matmul(dz.T, hidden_rows, out=d_chunk)"),
+    "weight gradient in the wrong tile": (SPARSE, "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)", "p_weight = d_weight_ptr + (o_c.to(tl.int64) * stride_wv)"),
+    "weight gradient of the last rows only": (WALK, "add_matmul(d_chunk, dz.T, hidden_rows)", "matmul(dz.T, hidden_rows, out=d_chunk)"),
 }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def _caught(tmp_path: Path, file: str, old: str, new: str) -> bool:
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/head/test_sparse.py" if file in (SPARSE, CELLS) or "exact.cell" in old else "tests/head/test_logps.py",
+        "tests/head/test_sparse.py" if file in (SPARSE, CHOICE, GATHERED) else "tests/head/test_logps.py",
         "-k",
         "not gradcheck and not 500",
     ]

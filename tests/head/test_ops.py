@@ -14,7 +14,24 @@ def _arguments(backend, *, bias, entropy, frozen, softcap):
     weight = torch.randn(20, 8, requires_grad=not frozen)
     targets = torch.tensor([0, 3, -100, 19, 5, -100])
     b = torch.randn(20, requires_grad=not frozen) if bias else None
-    return (hidden, weight, targets, b, 0.7, softcap, 1.1, -100, entropy, frozen, backend, 1 << 20, 0.0, None, None)
+    recompute = not frozen or entropy
+    return (
+        hidden,
+        weight,
+        targets,
+        b,
+        0.7,
+        softcap,
+        1.1,
+        -100,
+        backend,
+        1 << 20,
+        0.0,
+        entropy,
+        frozen,
+        recompute,
+        None,
+    )
 
 
 FLAGS = list(itertools.product([False, True], [False, True], [None, 5.0]))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-peers-trl-1.16" / "bin" / "python"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results():
     if not PYTHON.exists():
         pytest.skip("make venv-peers builds the environment of TRL 1.16")

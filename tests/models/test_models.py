@@ -125,7 +125,7 @@ def test_patching_twice_updates_the_options():
     model = patch_model(tiny.model())
     patch_model(model, backend="reference", workspace_bytes=1 << 20)
     options = model.lm_head.bco_fast.options
-    assert (options["backend"], options["workspace_bytes"]) == ("reference", 1 << 20)
+    assert (options.backend, options.workspace_bytes) == ("reference", 1 << 20)
     assert len(model._forward_pre_hooks) == 1
 
 

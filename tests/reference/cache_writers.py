@@ -19,15 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bco_fast.reference import cache
-from bco_fast.reference import shards as _shards
+from bco_fast import files
 from bco_fast.reference.cache import ReferenceCache, ReferenceId
 
 REFERENCE = ReferenceId("w", "c", "float32", "sdpa")
 ROWS_PER_SHARD = 4
 # Where builds finish before they are killed, kill sooner: a machine is not always as fast as when we measured it.
 ADAPT = {-9: 1.1, 0: 0.8}
-_shards._PIECE = 512  # a shard is written in several pieces, so that there is a middle to be killed in
+files._PIECE = 512  # a shard is written in several pieces, so that there is a middle to be killed in
 
 
 def rows(count):
@@ -93,7 +92,7 @@ def dying(folder, count, step):
             Path(f"{folder}.steps").write_text(json.dumps(passed))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _shards.failpoint = cache.failpoint = failpoint
+    files.failpoint = failpoint
     build(folder, count)
     Path(f"{folder}.steps").write_text(json.dumps(passed))
 

@@ -1,5 +1,6 @@
 """The reference cache: found by content, committed whole or not at all, never trusted further than its hash."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -10,9 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from bco_fast import CacheError, ReferenceCache
+from bco_fast import CacheError, ReferenceCache, files
 from bco_fast.data.keys import row_key
-from bco_fast.reference import shards as _shards
 from bco_fast.reference.cache import MANIFEST, MANIFEST_LIMIT, ReferenceId
 from bco_fast.reference.key_index import KeyIndex
 
@@ -108,6 +108,22 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path):
     assert len(path.read_bytes()) % 4 == 0
     with safe_open(path, framework="numpy") as file:
         assert file.metadata()["reference"] == REFERENCE.digest
+
+
+def test_the_format_on_disk_has_not_changed(tmp_path):
+    """The bytes of a small cache, as the first version with this schema wrote them: both read each other's files."""
+    keys = [bytes([i]) * 16 for i in range(5)]
+    values = {key: -np.arange(1, 2 + i, dtype=np.float32) / 4 for i, key in enumerate(keys)}
+    cache = ReferenceCache(tmp_path, REFERENCE)
+    cache.make_plan(keys, rows_per_shard=3, tokens_per_batch=64)
+    cache.build(keys, lambda some: [values[key] for key in some], rows_per_shard=3)
+    cache.settle()
+    assert cache.folder.name == "c5bf656f995422eaa3489c1e83fa70a6"
+    assert {name: hashlib.sha256(data).hexdigest()[:32] for name, data in _content(cache.folder).items()} == {
+        "manifest.json": "31face57358914b2307710dcc1bda988",
+        "shard-3094568abbfe772d70e20d7459669157d9c9949935c60e79971a38a8631e69c4.safetensors": "856727524205c27c654a59e05618b787",
+        "shard-35398cb92fc490cd2a61aae66afbd10a9f59f5f2b12411f86165319348444695.safetensors": "ca83035b03dd3c60e318e5da8417c993",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["flip the index", "truncate", "append", "empty"])
@@ -272,13 +288,13 @@ def test_who_settles_last_has_seen_every_shard(tmp_path, monkeypatch):
     ours, theirs = ReferenceCache(tmp_path, REFERENCE), ReferenceCache(tmp_path, REFERENCE)
     ours.write_shard(keys[:3], values[:3])
 
-    def commit(path, data):
+    def write_bytes(path, data):
         monkeypatch.undo()
         theirs.write_shard(keys[3:], values[3:])  # after we looked, before our manifest is there
         theirs.settle()
-        _shards.commit(path, data)
+        files.write_bytes(path, data)
 
-    monkeypatch.setattr("bco_fast.reference.cache.commit", commit)
+    monkeypatch.setattr(files, "write_bytes", write_bytes)
     ours.settle()
     manifest = json.loads((ours.folder / MANIFEST).read_text())
     assert len(manifest["shards"]) == 2
@@ -294,7 +310,7 @@ def test_a_healed_shard_is_taken_in(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened.refresh()  # once is enough
-        _shards.commit(path, good)
+        files.write_bytes(path, good)
         opened.refresh()
     assert not np.isnan(opened.sums(keys)).any()
 
@@ -387,18 +403,17 @@ def test_rows_that_share_half_a_key_are_kept_apart(tmp_path):
 
 def test_the_index_agrees_with_a_dictionary():
     rng = np.random.default_rng(0)
-    index, known = KeyIndex(), {}
+    index, known, added = KeyIndex(), {}, 0
+    assert index.find([b"a" * 16]).tolist() == [-1]
     for _ in range(60):
         rows = int(rng.integers(1, 40))
-        keys = rng.integers(0, 12, (rows, 2)).astype(np.uint64)  # many repeats, and many that share a half
-        keys = np.unique(keys, axis=0)
-        places, sums = rng.integers(0, 1 << 40, len(keys)), rng.normal(size=len(keys))
-        index.add([keys], [places], [sums])
-        for key, place, value in zip(keys, places, sums, strict=True):
-            known.setdefault(key.astype(">u8").tobytes(), (place, value))
-        wanted = [np.array([a, b], ">u8").tobytes() for a in range(13) for b in range(13)]
-        found, values = index.find(wanted)
-        assert [(p, v) for p, v in zip(found, values, strict=True) if p >= 0] == [
-            known[key] for key in wanted if key in known
-        ]
+        keys = [pair.tobytes() for pair in rng.integers(0, 12, (rows, 2))]  # many repeats; many share a half; zeros
+        index.add(b"".join(keys))
+        for number, key in enumerate(keys, added):
+            known.setdefault(key, number)
+        added += rows
+        wanted = [np.array([a, b]).tobytes() for a in range(13) for b in range(13)]
+        assert index.find(wanted).tolist() == [known.get(key, -1) for key in wanted]
         assert len(index) == len(known)
+    with pytest.raises(ValueError, match="16 bytes"):
+        index.find([b"short"])

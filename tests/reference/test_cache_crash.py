@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from cache_writers import REFERENCE, build, content, rows
 
-from bco_fast import CacheError, ReferenceCache
-from bco_fast.reference import shards as _shards
+from bco_fast import CacheError, ReferenceCache, files
 
 WRITERS = Path(__file__).with_name("cache_writers.py")
 
@@ -105,7 +104,7 @@ class FaultyDisk:
 
 def _build_on(disk, folder, monkeypatch):
     """-> what a build on this disk complains of, None if it does not."""
-    monkeypatch.setattr(_shards, "os", disk)
+    monkeypatch.setattr(files, "os", disk)
     try:
         build(folder, 20)
     except CacheError as error:
@@ -154,7 +153,7 @@ def test_a_shard_is_on_the_disk_before_its_name_is(folder, monkeypatch):
     def _named(target):
         return Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target).name
 
-    monkeypatch.setattr(_shards, "os", Recorder())
+    monkeypatch.setattr(files, "os", Recorder())
     path = ReferenceCache(folder / "new", REFERENCE).write_shard(rows(1), [np.ones(2, np.float32)])
     temporary = said[2][1]
     assert path.name in temporary
@@ -166,7 +165,7 @@ def test_a_shard_is_on_the_disk_before_its_name_is(folder, monkeypatch):
 
 def test_a_full_disk_at_the_first_shard_is_an_error_with_a_remedy(folder, monkeypatch):
     cache = ReferenceCache(folder, REFERENCE)
-    monkeypatch.setattr(_shards, "os", FaultyDisk(2, errno.ENOSPC))
+    monkeypatch.setattr(files, "os", FaultyDisk(2, errno.ENOSPC))
     with pytest.raises(CacheError, match=r"No space left on device.*free space or choose another cache_dir"):
         cache.write_shard(rows(3), [np.ones(2, np.float32)] * 3)
     monkeypatch.undo()

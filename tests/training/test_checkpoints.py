@@ -1,8 +1,10 @@
 """Checkpoints: damage is found and named, a kill loses one save at most, and no file of them is run."""
 
 import gc
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,13 +14,15 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from bco_fast import FeedbackConfig, FeedbackTrainer
+from bco_fast import FeedbackConfig, FeedbackTrainer, files
+from bco_fast.training import checkpoints
 from bco_fast.training.checkpoints import CheckpointError, begin, candidates, choose, commit, examine, rotate
 
 TOKENIZER = tiny.build_tokenizer()
@@ -65,7 +69,7 @@ def _equal(a, b):
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """(folder of a run of 4 steps with all its checkpoints, its parameters)"""
     folder = tmp_path_factory.mktemp("finished")
@@ -159,6 +163,50 @@ def test_one_flipped_bit_is_found_in_every_file(run):
             assert path.name in problem or "manifest.json" in problem
         path.write_bytes(data)
     assert examine(folder) == (None, True)
+
+
+def _flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_is_found_in_a_large_archive_without_a_checksum(run, monkeypatch):
+    """`torch.save` gave its records checksums; what is between the records is padding that nobody reads."""
+    folder = run / "checkpoint-4"
+    monkeypatch.setattr(checkpoints, "ARCHIVE_SIZE", 0)
+    commit(folder)
+    described = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {name for name, file in described.items() if "crc32" not in file} >= {"optimizer.pt", "rng_state.pth"}
+    assert "crc32" in described["model.safetensors"]
+    assert examine(folder) == (None, True)
+    path = folder / "optimizer.pt"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.header_offset, record.file_size) for record in archive.infolist() if record.file_size]
+    rng = np.random.default_rng(0)
+    for start, size in records:
+        header = 30 + sum(int.from_bytes(whole[start + at : start + at + 2], "little") for at in (26, 28))
+        _flip(path, start + header + int(rng.integers(size)))
+        assert "optimizer.pt was altered" in examine(folder).problem
+        path.write_bytes(whole)
+    path.write_bytes(whole[:-1])
+    assert "optimizer.pt has" in examine(folder).problem
+
+
+def test_a_manifest_of_the_version_before_is_read(run):
+    """Schema 1 had the SHA-256 of every file."""
+    folder = run / "checkpoint-4"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, file in manifest["files"].items():
+        assert re.fullmatch("[0-9a-f]{8}", file.pop("crc32"))  # they are small, so all have one
+        file["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    assert examine(folder) == (None, True)
+    _flip(folder / "optimizer.pt", 5000)
+    assert "optimizer.pt was altered" in examine(folder).problem
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"schema": 3}))
+    assert "this version reads 1 and 2" in examine(folder).problem
 
 
 def test_a_file_that_the_manifest_does_not_know(run):
@@ -357,8 +405,6 @@ def test_rotation_leaves_the_new_one_and_the_best(tmp_path):
 
 
 def test_a_limit_of_one_never_leaves_less_than_one_whole_checkpoint(tmp_path, monkeypatch):
-    from bco_fast.training import checkpoints
-
     seen = []
 
     def look(name):
@@ -369,7 +415,7 @@ def test_a_limit_of_one_never_leaves_less_than_one_whole_checkpoint(tmp_path, mo
     monkeypatch.setattr(
         Trainer, "_save", lambda self, *a, **k: (limits.append(self.args.save_total_limit), save(self, *a, **k))
     )
-    monkeypatch.setattr(checkpoints, "_failpoint", look)
+    monkeypatch.setattr(files, "failpoint", look)
     trainer = _trainer(tmp_path, save_total_limit=1)
     trainer.train()
     first = next(i for i, (name, _) in enumerate(seen) if name == "committed")
@@ -443,6 +489,7 @@ import torch
 torch.set_num_threads(1)
 sys.path[:0] = ["tests", "tests/training"]
 import test_checkpoints as here
+from bco_fast import files
 from bco_fast.training import checkpoints
 from pathlib import Path
 
@@ -501,7 +548,7 @@ for index, kill in enumerate(kills):
                     os.write(go, b"x")
             if calls == kill["save"] and point == kill.get("point"):
                 os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints._failpoint = at
+        files.failpoint = at
         here._trainer(folder, name, **OPTIONS).train()
 
     def meanwhile(ready, child):

@@ -25,7 +25,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The demo's model after its noisy demonstrations, its own completions judged, and the reference's AUC."""
     folder = tmp_path_factory.mktemp("demo")

@@ -66,7 +66,7 @@ def _evaluation_and_fsdp(rank, world, folder):
     return {"metrics": metrics, "fsdp": _fsdp(rank, world)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
     """What one process finds, and what rank 0 of two finds."""
     folder = tmp_path_factory.mktemp("worlds")

@@ -7,18 +7,17 @@ from runs import TOKENIZER
 from runs import parameters as _parameters
 from runs import trainer as _trainer
 
-from bco_fast import FeedbackConfig, HeadStats, frequency_order, fused_linear_logps, patch_model
-from bco_fast.head import autograd as _ops
+from bco_fast import FeedbackConfig, HeadStats, fused_linear_logps, patch_model
+from bco_fast.head.dispatch import load_backend, load_sparse
 
 TAU = 2.0**-7
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    """Cells narrow enough for a small vocabulary, and the sparse way however many are kept."""
-    backend = _ops.load_backend("torch")
-    monkeypatch.setattr(backend, "MASS_TILE", 8)
-    monkeypatch.setattr(backend, "sparse_worth", lambda dtype: 1.1)
+    """Blocks narrow enough for a small vocabulary, and the sparse backward however many are kept."""
+    monkeypatch.setattr(load_backend("torch"), "MASS_TILE", 8)
+    monkeypatch.setattr(load_sparse("torch"), "break_even", lambda dtype: 1.1)
 
 
 def _path(tau: float, seed: int, steps: int = 64):
@@ -50,7 +49,7 @@ def _path(tau: float, seed: int, steps: int = 64):
         bound += float(tau * dz.abs().sum() * hidden.detach().norm(dim=1).max())
         optimizer.step()
         losses.append(loss.item())
-        rho.append(stats.rho)
+        rho.append(stats.kept_fraction)
     return torch.tensor(losses), rho, starved[~moved].sum(), bound
 
 
@@ -67,7 +66,7 @@ def test_64_steps_within_the_noise_of_two_seeds():
 
 
 def test_the_log_says_what_the_head_left_out(tmp_path):
-    trainer = _trainer(tmp_path, sparse_tolerance=0.05, vocab_order="counts", max_steps=4, logging_steps=2)
+    trainer = _trainer(tmp_path, sparse_tolerance=0.05, max_steps=4, logging_steps=2)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
@@ -96,16 +95,6 @@ def test_resume_in_the_middle_of_a_window(tmp_path):
     assert last[0]["head/certified"] == last[1]["head/certified"]
 
 
-def test_the_order_is_that_of_the_completions_tokens(tmp_path):
-    trainer = _trainer(tmp_path, sparse_tolerance=0.05, vocab_order="counts")
-    counts = torch.zeros(len(TOKENIZER), dtype=torch.long)
-    for example in trainer.train_dataset.examples:
-        for token in example.input_ids[example.completion_start :].tolist():
-            counts[token] += 1
-    order = trainer.model.get_output_embeddings().bco_fast.options["vocab_order"]
-    assert torch.equal(order, frequency_order(counts))
-
-
 def test_an_entropy_that_is_only_read_does_not_make_the_backward_exact():
     """BNF reads the entropy for its loss's value alone."""
     stats = HeadStats()
@@ -114,7 +103,7 @@ def test_an_entropy_that_is_only_read_does_not_make_the_backward_exact():
     out = model(input_ids=tokens, logp_targets=tokens.roll(-1, 1), logp_entropy=True, use_cache=False).logits
     logps, entropy = out.unbind(-1)
     (logps.sum() + 0.0 * entropy.sum()).backward()
-    assert stats.rho < 1.0
+    assert stats.kept_fraction < 1.0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +111,6 @@ def test_an_entropy_that_is_only_read_does_not_make_the_backward_exact():
     [
         ({"sparse_tolerance": 1.0}, "sparse_tolerance must be in"),
         ({"sparse_tolerance": -1e-3}, "sparse_tolerance must be in"),
-        ({"vocab_order": "frequency"}, "vocab_order must be ids or counts"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):

@@ -1,6 +1,8 @@
-"""What every launch of a Triton kernel needs."""
+"""How a Triton kernel is launched: its configuration, its constants, the device."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 import triton
@@ -16,8 +18,9 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def constants(spec: HeadSpec, bias: Tensor | None) -> dict:
-    """What happens to a logit after the matmul, as the kernels' constants."""
+    """What the kernels must know of a logit after the matmul."""
     return {
+        "bias_ptr": bias,
         "LOGIT_SCALE": spec.logit_scale,
         "SOFTCAP": spec.softcap or 1.0,
         "TEMPERATURE": spec.temperature,
@@ -27,16 +30,21 @@ def constants(spec: HeadSpec, bias: Tensor | None) -> dict:
 
 
 def here(config: configs.LaunchConfig) -> configs.LaunchConfig:
-    """The config to launch with: the interpreter's cost is per tile, so its tiles are large."""
+    """The config to launch with. The interpreter pays per tile, so its tiles are large."""
     return configs.INTERPRETED if INTERPRETED else config
 
 
-def options(config: configs.LaunchConfig) -> dict:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def launch(kernel, grid: tuple[int, ...], config: configs.LaunchConfig, device: torch.device, **arguments) -> None:
+    """Launch on the tensors' device, which need not be the current one."""
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
+    arguments |= {name: size for name, size in blocks.items() if name in kernel.arg_names}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the matmuls want them. The interpreter truncates bf16 stores, and the CPU has no float32-out matmul of bf16."""
+    """As the kernels with a matmul read them. The interpreter multiplies the bit patterns of bf16 and truncates its
+    stores."""
     if INTERPRETED and hidden.dtype.itemsize < 4:
         return hidden.float(), weight.float()
     return hidden, weight

@@ -1,24 +1,26 @@
-"""The specification, in float64, logits and all. Slow and big on purpose: the tests compare everything with it."""
+"""The specification: float64, with materialised logits. The tests compare everything with it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..types import HeadSpec, accumulator_dtype
+from ..tiling import accumulator_dtype
+from ..types import HeadSpec
 
 
 def linear_logps(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N] int64, ignore_index allowed
+    targets: Tensor,  # [N] int64, in [0, V) where kept
     bias: Tensor | None,  # [V]
     spec: HeadSpec,
     *,
-    ignore_index: int,
+    keep: Tensor | None,  # [N] bool; None for all
 ) -> tuple[Tensor, Tensor]:
-    """logp of the targets and entropy of every row, both [N] and 0 where ignored; autograd sees every step."""
-    keep = targets != ignore_index
+    """logp of the targets and entropy of every row, both [N] and 0 where not kept; autograd sees every step."""
+    if keep is None:
+        keep = torch.ones_like(targets, dtype=torch.bool)
     hidden64 = torch.where(keep[:, None], hidden, 0.0).double()  # padding may hold anything, NaN too
     logits = hidden64 @ weight.double().T  # [N, V]
     if bias is not None:

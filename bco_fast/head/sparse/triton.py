@@ -1,4 +1,4 @@
-"""The sparse backward of the `triton` backend: launches over as many cells at a time as the workspace holds."""
+"""The sparse backward of the `triton` backend: launches over as many blocks at a time as the workspace holds."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ from ...kernels.sparse_backward import (
     gathered_dweight_kernel,
     gathered_product_kernel,
 )
-from ..backends.launching import TRITON_DTYPE, constants, here, operands, options
-from ..types import HeadNeed, HeadSaved, HeadSpec, KeptCells, accumulator_dtype
+from ..backends.launching import INTERPRETED, TRITON_DTYPE, constants, here, launch, operands
+from ..tiling import accumulator_dtype
+from ..types import HeadNeed, HeadSaved, HeadSpec, KeptBlocks
+
+
+def break_even(dtype: torch.dtype) -> float:
+    """Kept fraction at which the dense backward becomes the faster one. Not measured yet; derived: gathered bf16 rows at
+    half of cuBLAS's rate, float32 without tensor cores at a third. Triton multiplies no float64."""
+    return {torch.float64: 1.1 if INTERPRETED else 0.0, torch.float32: 0.35}.get(dtype, 0.5)
 
 
 class _Group(NamedTuple):
-    """Cells first to last and the tiles they, or nothing, belong to: tile to end."""
+    """Blocks first to last, and the tiles from tile to end, some of which may have no block."""
 
     tile: int
     end: int
     first: int
     last: int
     most: int
-    """The most cells of one tile."""
+    """The most blocks of one tile."""
 
     @property
     def tiles(self) -> int:
         return self.end - self.tile
 
 
-def sparse_backward(
+def backward(
     grad_logps: Tensor,  # [N]
     saved: HeadSaved,
     spec: HeadSpec,
-    cells: KeptCells,
+    blocks: KeptBlocks,
     *,
     need: HeadNeed,
-    order: Tensor | None = None,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    launches = _Launches(grad_logps, saved, spec, cells, need=need, order=order, workspace_bytes=workspace_bytes)
-    for turn, group in enumerate(_groups(cells.offsets, launches.capacity)):
+    launches = _Launches(grad_logps, saved, spec, blocks, need=need, workspace_bytes=workspace_bytes)
+    for turn, group in enumerate(_groups(blocks.offsets, launches.capacity)):
         launches.dlogits(group)
         if need.weight or need.bias:
             launches.dweight(group, turn)
@@ -61,128 +67,99 @@ def sparse_backward(
 
 
 class _Launches:
-    """The launches for a group of cells, and what they write into."""
+    """The launches for a group of blocks, and what they write into."""
 
     def __init__(
         self,
         grad_logps: Tensor,
         saved: HeadSaved,
         spec: HeadSpec,
-        cells: KeptCells,
+        blocks: KeptBlocks,
         *,
         need: HeadNeed,
-        order: Tensor | None,
         workspace_bytes: int,
     ):
-        self.grad_logps, self.saved, self.spec, self.cells = grad_logps, saved, spec, cells
-        self.need, self.order = need, order
+        self.grad_logps, self.saved, self.spec, self.blocks = grad_logps, saved, spec, blocks
+        self.need = need
         self.hidden, self.weight = operands(saved.hidden, saved.weight)
-        new, d, width = self.hidden.new_empty, self.hidden.shape[1], cells.width
+        new, d, width = self.hidden.new_empty, self.hidden.shape[1], blocks.width
         self.dtype = dtype = accumulator_dtype(self.hidden.dtype)
         self.low = self.hidden.itemsize <= 2
         left = workspace_bytes - 2 * width * d * dtype.itemsize  # two carries
         # dlogits and their product with the weights; and the lists by row: two of int64, sorted.
         capacity = max(left // (width * self.hidden.itemsize + d * dtype.itemsize + 32), 1)
-        self.capacity = min(capacity, max(len(cells.rows), 1))
+        self.capacity = min(capacity, max(len(blocks.rows), 1))
         self.dz = new((self.capacity, width))
         self.products = new((self.capacity, d), dtype=dtype) if need.hidden else None
         self.carries = new((2, width, d), dtype=dtype)
-        self.offsets = torch.tensor(cells.offsets, device=self.hidden.device)
+        self.offsets = torch.tensor(blocks.offsets, device=self.hidden.device)
         self.d_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype) if need.hidden else None
         self.d_weight = torch.empty_like(self.weight, memory_format=torch.contiguous_format) if need.weight else None
         self.d_bias = self.hidden.new_zeros(len(self.weight), dtype=dtype) if need.bias else None
 
-    def _arguments(self, group: _Group, config: configs.LaunchConfig) -> dict:
-        """What all kernels that walk the cells of a tile take."""
+    def _arguments(self, group: _Group) -> dict:
+        """What all kernels that walk the blocks of a tile take."""
         return {
-            "order_ptr": self.order,
             "offset_ptr": self.offsets,
             "FIRST_TILE": group.tile,
             "FIRST": group.first,
             "LAST": group.last,
             "V": len(self.weight),
             "D": self.weight.shape[1],
-            "TILE": self.cells.width,
-            "HAS_ORDER": self.order is not None,
+            "TILE": self.blocks.width,
             "ACC": TRITON_DTYPE[self.dtype],
-            "BLOCK_N": config.block_n,
-            "BLOCK_V": config.block_v,
-            "BLOCK_D": config.block_d,
-            **options(config),
         }
 
     def dlogits(self, group: _Group) -> None:
         hidden, weight, saved = self.hidden, self.weight, self.saved
-        extras = saved.bias is not None or self.spec.softcap is not None or self.order is not None
+        extras = saved.bias is not None or self.spec.softcap is not None
         config = here(configs.gathered_dlogits(hidden.itemsize, extras=extras))
-        grid = _blocks(group.most, config.block_n), group.tiles, self.cells.width // config.block_v
-        gathered_dlogits_kernel[grid](
-            hidden_ptr=hidden,
-            weight_ptr=weight,
-            bias_ptr=saved.bias,
-            rows_ptr=self.cells.rows,
-            target_ptr=saved.targets,
-            logp_ptr=saved.logps,
-            row_max_ptr=saved.row_max,
-            row_sum_ptr=saved.row_sum,
-            peak_ptr=saved.row_peak,
-            grad_logp_ptr=self.grad_logps,
-            out_ptr=self.dz,
-            stride_hn=hidden.stride(0),
-            stride_wv=weight.stride(0),
-            **self._arguments(group, config),
-            **constants(self.spec, saved.bias),
-        )
+        grid = _count(group.most, config.block_n), group.tiles, self.blocks.width // config.block_v
+        launch(
+            gathered_dlogits_kernel, grid, config, hidden.device,
+            hidden_ptr=hidden, weight_ptr=weight, rows_ptr=self.blocks.rows, target_ptr=saved.targets,
+            logp_ptr=saved.logps, row_max_ptr=saved.row_max, row_sum_ptr=saved.row_sum, argmax_ptr=saved.row_argmax,
+            grad_logp_ptr=self.grad_logps, out_ptr=self.dz, stride_hn=hidden.stride(0), stride_wv=weight.stride(0),
+            **self._arguments(group), **constants(self.spec, saved.bias),
+        )  # fmt: skip
 
     def dweight(self, group: _Group, turn: int) -> None:
-        """d_weight and d_bias. What a tile cut by the group's end has so far goes to the next turn."""
+        """d_weight and d_bias. The sum of a tile that the group's end cuts is carried to the next turn."""
         config = here(configs.GATHERED_DWEIGHT if self.low else configs.GATHERED_DWEIGHT_FP32)
         d = self.weight.shape[1]
-        columns = _blocks(d, config.block_d) if self.need.weight else 1
-        gathered_dweight_kernel[(group.tiles, columns, self.cells.width // config.block_v)](
-            hidden_ptr=self.hidden,
-            dz_ptr=self.dz,
-            rows_ptr=self.cells.rows,
-            carry_in_ptr=self.carries[turn % 2],
-            carry_out_ptr=self.carries[1 - turn % 2],
-            d_weight_ptr=self.d_weight,
-            d_bias_ptr=self.d_bias,
-            stride_hn=self.hidden.stride(0),
-            stride_wv=d,
-            HAS_WEIGHT=self.need.weight,
-            HAS_BIAS=self.need.bias,
-            **self._arguments(group, config),
-        )
+        columns = _count(d, config.block_d) if self.need.weight else 1
+        launch(
+            gathered_dweight_kernel, (group.tiles, columns, self.blocks.width // config.block_v), config, self.dz.device,
+            hidden_ptr=self.hidden, dz_ptr=self.dz, rows_ptr=self.blocks.rows, carry_in_ptr=self.carries[turn % 2],
+            carry_out_ptr=self.carries[1 - turn % 2], d_weight_ptr=self.d_weight, d_bias_ptr=self.d_bias,
+            stride_hn=self.hidden.stride(0), stride_wv=d, HAS_WEIGHT=self.need.weight, HAS_BIAS=self.need.bias,
+            **self._arguments(group),
+        )  # fmt: skip
 
     def dhidden(self, group: _Group) -> None:
         config = here(configs.GATHERED_PRODUCT if self.low else configs.GATHERED_PRODUCT_FP32)
-        n, d = self.hidden.shape
-        gathered_product_kernel[(_blocks(group.most, config.block_n), group.tiles, _blocks(d, config.block_d))](
-            dz_ptr=self.dz,
-            weight_ptr=self.weight,
-            product_ptr=self.products,
-            stride_wv=self.weight.stride(0),
-            **self._arguments(group, config),
-        )
-        by_row = self.cells.rows[group.first : group.last].sort(stable=True)
+        (n, d), device = self.hidden.shape, self.dz.device
+        launch(
+            gathered_product_kernel, (_count(group.most, config.block_n), group.tiles, _count(d, config.block_d)),
+            config, device,
+            dz_ptr=self.dz, weight_ptr=self.weight, product_ptr=self.products, stride_wv=self.weight.stride(0),
+            **self._arguments(group),
+        )  # fmt: skip
+        by_row = self.blocks.rows[group.first : group.last].sort(stable=True)
+        row_start = torch.searchsorted(by_row.values, torch.arange(n + 1, device=device))
         config = configs.ADD_PRODUCTS
-        add_products_kernel[(n, _blocks(d, config.block_d))](
-            product_ptr=self.products,
-            place_ptr=by_row.indices,
-            row_start_ptr=torch.searchsorted(by_row.values, torch.arange(n + 1, device=self.hidden.device)),
-            d_hidden_ptr=self.d_hidden,
-            D=d,
-            BLOCK_D=config.block_d,
-            **options(config),
-        )
+        launch(
+            add_products_kernel, (n, _count(d, config.block_d)), config, device,
+            product_ptr=self.products, place_ptr=by_row.indices, row_start_ptr=row_start, d_hidden_ptr=self.d_hidden, D=d,
+        )  # fmt: skip
 
 
-def _blocks(total: int, block: int) -> int:
+def _count(total: int, block: int) -> int:
     return max(triton.cdiv(total, block), 1)
 
 
 def _groups(offsets: list[int], capacity: int) -> Iterator[_Group]:
-    """All tiles in order, those without a cell too: their gradient is 0 and must be written."""
+    """All tiles in order, those without a block too: their gradient is 0 and must be written."""
     tile, first, most, tiles = 0, 0, 0, len(offsets) - 1
     for t in range(tiles):
         start = offsets[t]
