@@ -323,7 +323,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             with self.compute_loss_context_manager():
-                values += token_logps(model, part, self.pad_token_id)
+                values += token_logps(model, part, self.pad_token_id, self.layout)
         model.train(training)
         return values
 

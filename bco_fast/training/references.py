@@ -55,6 +55,7 @@ def attach_reference(
         tokens_per_batch=args.reference_tokens_per_batch,
         autocast=trainer.accelerator.autocast(),
         progress=not args.disable_tqdm and trainer.accelerator.is_local_main_process,
+        layout=trainer.layout,
     )
     logger.info("reference: %s (%s)", report, cache.folder)
     for part in parts:
