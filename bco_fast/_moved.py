@@ -28,7 +28,7 @@ MODULES = {
     "memory": ("models.memory",),
     "metrics": ("losses.metrics",),
     "model_card": ("training.model_card",),
-    "online_prompts": ("online.prompts",),
+    "online_prompts": ("data.prompts",),
     "packing": ("data.batch", "data.samplers", "training.checks"),
     "paired": ("losses.paired",),
     "recipes": ("data.convert",),

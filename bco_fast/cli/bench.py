@@ -1,12 +1,13 @@
 """`bco-fast bench`: what the fused head saves on this machine, at the sizes of a given model, in about ten seconds.
 
-Forward and backward of the lm-head on random hidden states, in turns with plain PyTorch that stores the logits. Only the
-model's config is read; no weights are loaded.
+Forward and backward of the lm-head on random hidden states, alternating with plain PyTorch that stores the logits. Only
+the model's config is read; no weights are loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import statistics
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ..head.linear_logps import fused_linear_logps
-from .common import UsageError, _Parser
+from .common import Parser, UsageError, usage_errors
 
 TURNS = 3
 FEWEST_TOKENS, MOST_TOKENS = 64, 8192
-MEMORY_SHARE = 0.4  # of what is free, for the logits of plain PyTorch
-LOGITS_COPIES = 4  # of [tokens, vocabulary] in float32 that it holds at once
+MEMORY_SHARE = 0.4  # of the free memory, for the logits of plain PyTorch
+LOGITS_COPIES = 4  # [tokens, vocabulary] float32 tensors that it holds at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,7 @@ class HeadSize:
 
 
 def head_size(model: str) -> HeadSize:
-    """Of a model's config: a folder, or a name on the Hub.
-
-    Raises:
-        OSError, ValueError: there is no such config, or it names no hidden size and vocabulary.
-    """
+    """From the config of a model, a folder or a name on the Hub. Raises OSError or ValueError if it tells no sizes."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
@@ -53,8 +50,8 @@ def head_size(model: str) -> HeadSize:
     return HeadSize(model, *sizes, getattr(config, "final_logit_softcapping", None))
 
 
-def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """log_softmax of logits that exist: [N] out of [N, V]."""
+def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None) -> Tensor:
+    """log_softmax of stored logits: [N] out of [N, V]."""
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -67,18 +64,17 @@ def compare(
     tokens: int | None = None,
     seconds: float = 10.0,
     dtype: torch.dtype | None = None,
-    workspace_bytes: int = 256 << 20,
 ) -> dict:
     """Time and memory of both, with a frozen and with a trained head.
 
     Args:
         tokens: completion tokens in the batch. Default: as many as `seconds` and free memory allow, at most 8192.
-        seconds: of all measurements together, about.
+        seconds: for all measurements together, approximately.
         dtype: default: bfloat16 on a GPU, float32 on the CPU.
 
     Returns:
-        device, dtype, tokens, hidden, vocabulary, and for each of `frozen` and `trained` a dict with `plain_s`, `ours_s`
-        (medians), `plain_mb`, `ours_mb` (beyond the inputs, gradients included; None where it cannot be measured).
+        device, threads, dtype, tokens, hidden, vocabulary, and for each of `frozen` and `trained` a dict with `plain_s`,
+        `ours_s` (median seconds), `plain_mb`, `ours_mb` (peak beyond the inputs, with gradients; None if not measurable).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
@@ -91,24 +87,27 @@ def compare(
 
     def step(ours: bool, trained: bool, hidden: Tensor, targets: Tensor) -> list:
         hidden, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained)
-        if ours:
-            options = {"softcap": size.softcap, "workspace_bytes": workspace_bytes}
-            logps = fused_linear_logps(hidden, head, targets, **options)
-        else:
-            logps = plain_logps(hidden, head, targets, size.softcap)
-        logps.mean().backward()
+        logps = fused_linear_logps if ours else plain_logps
+        logps(hidden, head, targets, softcap=size.softcap).mean().backward()
         return [hidden.grad, head.grad]
 
     if tokens is None:
         tokens = _affordable_tokens(lambda n: step(False, True, *inputs(n)), size, seconds, device)
-    found = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads()}
-    found |= {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
-    found |= {"hidden": size.hidden, "vocabulary": size.vocabulary}
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "hidden": size.hidden,
+        "vocabulary": size.vocabulary,
+    }
     hidden, targets = inputs(tokens)
     for mode, trained in (("frozen", False), ("trained", True)):
-        cases = {"plain": lambda t=trained: step(False, t, hidden, targets)}
-        cases["ours"] = lambda t=trained: step(True, t, hidden, targets)
-        memory = {name: _extra_mb(case, device) for name, case in cases.items()}  # the first call: a warm-up too
+        cases = {
+            name: functools.partial(step, ours, trained, hidden, targets)
+            for name, ours in (("plain", False), ("ours", True))
+        }
+        memory = {name: _extra_mb(case, device) for name, case in cases.items()}  # its first call warms up
         times: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(TURNS):
             for name, case in cases.items():
@@ -121,14 +120,14 @@ def compare(
 def _affordable_tokens(step: Callable, size: HeadSize, seconds: float, device: str) -> int:
     step(FEWEST_TOKENS)
     one = _seconds(lambda: step(FEWEST_TOKENS), device) / FEWEST_TOKENS
-    by_time = seconds / (one * 2 * 2 * (TURNS + 1))  # two modes, two contenders
+    by_time = seconds / (one * 2 * 2 * (TURNS + 1))  # two modes, two implementations
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
     by_memory = MEMORY_SHARE * free / (LOGITS_COPIES * 4 * size.vocabulary)
     return max(FEWEST_TOKENS, min(MOST_TOKENS, int(min(by_time, by_memory)) // 64 * 64))
 
 
 def _free_memory() -> float:
-    """Bytes; four gigabytes where the system does not say."""
+    """Bytes; 4e9 if the system does not tell."""
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return 4e9
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -145,7 +144,7 @@ def _seconds(case: Callable, device: str) -> float:
 
 
 def _extra_mb(case: Callable, device: str) -> float | None:
-    """Peak memory of one call beyond what there was; None on a CPU whose system is not Linux."""
+    """Peak memory of one call, beyond the memory in use before; None on a CPU without Linux."""
     case()
     gc.collect()
     if device == "cuda":
@@ -159,8 +158,8 @@ def _extra_mb(case: Callable, device: str) -> float | None:
         return None
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what the call before freed is no memory that this one finds for nothing
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        libc.malloc_trim(0)  # else this call reuses, uncounted, what the previous one freed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     kept = case()
     extra = _resident("VmHWM") - before
@@ -174,7 +173,7 @@ def _resident(field: str) -> int:
 
 
 def describe(found: dict, size: HeadSize) -> str:
-    """A short table, and what it means for a batch of other sizes."""
+    """A short table, and the logits of a larger batch."""
     lines = [
         f"{size.name}: hidden {size.hidden}, vocabulary {size.vocabulary}; {found['tokens']} completion tokens, "
         f"{found['dtype']}, {found['device']}",
@@ -200,37 +199,28 @@ def _cell(seconds: float, mb: float | None) -> str:
 
 
 def bench(arguments: list[str]) -> dict:
-    """Measure the fused head against plain PyTorch, here and at a model's sizes."""
-    parser = _Parser(
-        prog="bco-fast bench",
-        allow_abbrev=False,
-        description="The fused lm-head against plain PyTorch on this machine.",
-    )
-    parser.add_argument("--model", help="folder or Hub name of a model; only its config is read")
-    parser.add_argument("--hidden", type=int, help="hidden size, without --model (default: 896, Qwen2.5-0.5B's)")
+    parser = Parser(prog="bco-fast bench", description="The fused lm-head against plain PyTorch on this machine.")
+    parser.add_argument("--model", help="folder or Hub name; only its config is read (default: Qwen2.5-0.5B's sizes)")
+    parser.add_argument("--hidden", type=int, help="hidden size, without --model (default: 896)")
     parser.add_argument("--vocab", type=int, help="vocabulary size, without --model (default: 151936)")
     parser.add_argument("--tokens", type=int, help="completion tokens of a batch (default: what the time allows)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="to measure for, about (default: 10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of all measurements, approximately")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, else float32"
     )
     options = parser.parse_args(arguments)
     if options.model is not None and (options.hidden or options.vocab):
-        raise UsageError("--hidden and --vocab are for no --model")
+        raise UsageError("--hidden and --vocab cannot be combined with --model")
     for flag in ("hidden", "vocab", "tokens", "seconds"):
         value = getattr(options, flag)
         if value is not None and value <= 0:
             raise UsageError(f"--{flag} must be > 0, not {value}")
-
     if options.model is not None:
-        try:
+        with usage_errors(OSError, ValueError, ImportError, prefix=f"--model {options.model}: "):
             size = head_size(options.model)
-        except (OSError, ValueError, ImportError) as error:
-            raise UsageError(f"--model {options.model}: {' '.join(str(error).split())}") from None
-    elif options.hidden or options.vocab:
-        size = HeadSize("the given sizes", options.hidden or 896, options.vocab or 151936)
     else:
-        size = HeadSize("Qwen2.5-0.5B", 896, 151936)
+        name = "the given sizes" if options.hidden or options.vocab else "Qwen2.5-0.5B"
+        size = HeadSize(name, options.hidden or 896, options.vocab or 151936)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     found = compare(size, tokens=options.tokens, seconds=options.seconds, dtype=dtype)
     print(describe(found, size))

@@ -1,8 +1,8 @@
-"""The whole story on a model that is built from a seed: demonstrations, thumbs, alignment, before and after.
+"""`bco-fast demo`: the whole method on a model built from a seed: demonstrations, thumbs, alignment, before and after.
 
-The task: "pack three fruit for anna :" wants three fruits and nothing else. The demonstrations that the model
-first learns from are right only half of the time, as scraped ones are, so it learns the format and the mistakes. Its
-own completions are then judged by the rule, and BCO sees nothing but those thumbs.
+The task: "pack three fruit for anna :" asks for three fruits and nothing else. Only half of the demonstrations that the
+model first learns from are right, as in scraped data, so it learns the format and the mistakes. A rule then judges the
+model's own completions, and BCO sees nothing but those thumbs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ..data.batch import collate
 from ..data.tokenize import load_feedback
 from ..losses.sequence import sequence_logps
 from ..models.patch import completion_logps, patch_model
+from ..models.sampling import draw
 from ..training.config import FeedbackConfig
-from .common import _Parser
+from .common import Parser
 from .train import run_training
 
 THINGS = {
@@ -55,7 +56,7 @@ def deserves_thumbs_up(prompt: str, completion: str) -> bool:
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """Right half of the time; else a thing of another kind, or one too few or too many."""
+    """Right half of the time; else with a thing of another kind, or one too few or too many."""
     _, number, kind, *_ = prompt.split()
     words = rng.choices(THINGS[kind].split(), k=NUMBERS[number])
     slip = rng.choice(("none", "none", "foreign", "count"))
@@ -119,25 +120,12 @@ def fine_tune(
         optimizer.zero_grad()
 
 
-@torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], seed: int, *, batch_size: int = 256) -> list[str]:
     """One sampled completion per prompt, at temperature 1."""
-    model.eval()
-    torch.manual_seed(seed)
-    completions = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=8,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = tokens[:, batch["input_ids"].shape[1] :]
-        completions += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return completions
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "pad_token_id": tokenizer.pad_token_id}
+    encoded = tokenizer(prompts)["input_ids"]
+    drawn = draw(model, encoded, range(len(prompts)), options, batch_size=batch_size, seed=seed)
+    return tokenizer.batch_decode(drawn, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -156,18 +144,17 @@ def judge(model, tokenizer, prompts: list[str], seed: int, *, samples: int) -> J
     """Sample completions and judge each by the rule."""
     prompts = prompts * samples
     completions = sample(model, tokenizer, prompts, seed)
-    # an empty completion cannot be trained on; the rule would call it bad
     rows = [
         {"prompt": p, "completion": c, "label": deserves_thumbs_up(p, c)}
         for p, c in zip(prompts, completions, strict=True)
-        if c.strip()
+        if c.strip()  # an empty completion cannot be trained on; the rule would call it bad
     ]
     return Judged(rows)
 
 
 @dataclass(frozen=True)
 class World:
-    """Where both demos start: the model after its noisy demonstrations, and prompts it has and has not seen."""
+    """The start of both demos: the model after its noisy demonstrations, and prompts that it has and has not seen."""
 
     tokenizer: PreTrainedTokenizerFast
     model: LlamaForCausalLM
@@ -186,8 +173,24 @@ def build_world(seed: int, *, fine_tune_steps: int = 250) -> World:
     return World(tokenizer, model, prompts, held_out)
 
 
+_TRAINING = {
+    "max_length": 64,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    # Four tokens give log-ratios of a few nats, a paragraph hundreds; so beta is larger than the usual 0.1.
+    "beta": 0.5,
+    "warmup_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
 def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     """Everything, in order; -> the summary that the command line prints."""
+    from ..evaluation.plots import plot_shift
+    from ..evaluation.run_reading import load_run
+
     start = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
     _say("[1/4] fine-tune a small Llama, built from a seed, on noisy demonstrations")
@@ -202,38 +205,17 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     before = judge(model, tokenizer, held_out, seed + 3, samples=8).share
 
     _say("[3/4] reference log-probabilities once, then BCO")
-    config = FeedbackConfig(
-        output_dir=str(output_dir / "bco"),
-        cache_dir=str(output_dir / "cache"),
-        max_length=64,
-        max_steps=max_steps,
-        # Four tokens make log-ratios of a few nats where a paragraph makes hundreds, so beta is above the usual 0.1.
-        beta=0.5,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=64,
-        learning_rate=2e-4,
-        warmup_steps=10,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        seed=seed,
-    )
-    train_set, eval_set = (
-        load_feedback(output_dir / f, tokenizer, max_length=64) for f in ("feedback.jsonl", "held_out.jsonl")
-    )
-    summary = run_training(model, tokenizer, config, train_set, eval_set, start=start)
+    folders = {"output_dir": str(output_dir / "bco"), "cache_dir": str(output_dir / "cache")}
+    config = FeedbackConfig(**_TRAINING, **folders, max_steps=max_steps, learning_rate=2e-4, logging_steps=5, seed=seed)
+    files = (output_dir / name for name in ("feedback.jsonl", "held_out.jsonl"))
+    datasets = [load_feedback(file, tokenizer, max_length=64) for file in files]
+    summary = run_training(model, tokenizer, config, *datasets, start=start)
 
     _say("[4/4] let it answer again, on prompts it was never trained on")
     after = judge(model, tokenizer, held_out, seed + 3, samples=8).share
-    history = json.loads((output_dir / "bco" / "trainer_state.json").read_text())["log_history"]
-    plot(history, output_dir / "rewards.png")
-    summary |= {
-        "good_before": round(before, 4),
-        "good_after": round(after, 4),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot_shift(load_run(output_dir / "bco")).savefig(output_dir / "rewards.png", dpi=120)
+    summary |= {"good_before": round(before, 4), "good_after": round(after, 4)}
+    _finish(summary, start, output_dir)
     _say(
         f"\n{'held-out prompts':34}{'before':>8}{'after':>8}\n"
         f"{'completions that deserve thumbs up':34}{before:8.1%}{after:8.1%}\n"
@@ -258,26 +240,17 @@ def run_online(output_dir: Path, *, seed: int = 0, max_steps: int = 600) -> dict
     offline = run(output_dir / "offline", seed=seed)
     _say("[online] sample, reward, una_score; the reference is the same fine-tuned model")
     world = build_world(seed)
+    sampling = {"samples_per_prompt": 4, "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0}
+    options = _TRAINING | sampling | {"beta": ONLINE_BETA, "per_device_eval_batch_size": 512}
     config = OnlineConfig(
+        **options,
         output_dir=str(output_dir / "online"),
-        max_length=64,
         max_steps=max_steps,
         loss_type="una_score",
-        beta=ONLINE_BETA,
         steps_per_round=8,
-        samples_per_prompt=4,
-        max_new_tokens=8,
-        temperature=1.0,
-        top_p=1.0,
         generation_batch_size=256,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=512,
         learning_rate=ONLINE_LEARNING_RATE,
-        warmup_steps=10,
         logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
         seed=seed,
     )
     shutil.rmtree(output_dir / "online", ignore_errors=True)
@@ -286,14 +259,9 @@ def run_online(output_dir: Path, *, seed: int = 0, max_steps: int = 600) -> dict
     trainer.save_model(output_dir / "online")
     after = judge(world.model, world.tokenizer, world.held_out, seed + 3, samples=8).share
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry][-1]
-    summary = {
-        "good_before": offline["good_before"],
-        "good_offline": offline["good_after"],
-        "good_online": round(after, 4),
-        "online_kl": round(kl, 3),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {"good_before": offline["good_before"], "good_offline": offline["good_after"]}
+    summary |= {"good_online": round(after, 4), "online_kl": round(kl, 3)}
+    _finish(summary, start, output_dir)
     _say(
         f"\n{'held-out completions that deserve thumbs up':46}{'before':>8}{'offline BCO':>13}{'online UNA':>12}\n"
         f"{'':46}{summary['good_before']:8.1%}{summary['good_offline']:13.1%}{summary['good_online']:12.1%}"
@@ -301,43 +269,20 @@ def run_online(output_dir: Path, *, seed: int = 0, max_steps: int = 600) -> dict
     return summary
 
 
+def _finish(summary: dict, start: float, output_dir: Path) -> None:
+    summary["seconds"] = round(time.perf_counter() - start, 1)
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def plot(history: list[dict], path: Path) -> None:
-    """Rewards by class with δ between them, and their margin, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [line for line in history if "loss" in line]
-
-    def series(name: str) -> tuple[list, list]:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        return [p[0] for p in points], [p[1] for p in points]
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(*series("rewards/chosen"), label="thumbs up", color="tab:green")
-    left.plot(*series("rewards/rejected"), label="thumbs down", color="tab:red")
-    left.plot(*series("delta"), label="δ", color="black", linestyle="--")
-    left.set(title="Implicit reward of the training batches", xlabel="optimizer step", ylabel="reward")
-    right.plot(*series("rewards/margins"), color="tab:blue")
-    right.set(title="Margin: thumbs up minus thumbs down", xlabel="optimizer step", ylabel="reward")
-    left.margins(y=0.18)
-    left.legend(loc="upper center", ncols=3)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def demo(arguments: list[str]) -> dict:
-    """Build a tiny model from a seed, teach it from noisy demonstrations, then align it from thumbs up and down."""
-    parser = _Parser(prog="bco-fast demo", allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir", default="runs/demo", help="where results are written")
+    description = "Build a tiny model, teach it from noisy demonstrations, then align it from thumbs up and down."
+    parser = Parser(prog="bco-fast demo", description=description)
+    parser.add_argument("--output_dir", default="runs/demo", help="folder for the results")
     parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the training")
-    parser.add_argument("--online", action="store_true", help="then online UNA on the policy's own completions")
+    parser.add_argument("--online", action="store_true", help="afterwards online UNA on the policy's own completions")
     options = parser.parse_args(arguments)
     return (run_online if options.online else run)(Path(options.output_dir), seed=options.seed)

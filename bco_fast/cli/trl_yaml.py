@@ -1,7 +1,7 @@
 """A YAML file written for TRL's KTO script, as options of `bco-fast train`.
 
-TRL's files name the model `model_name_or_path` and the data `dataset_name`; a file with either is taken for one. Keys that
-both know stay; the others are renamed, without effect, or refused: none is ignored in silence.
+A file with `model_name_or_path` or `dataset_name` is taken for one of TRL's. Keys that both know stay; the others are
+renamed, logged as without effect, or refused: none is ignored silently.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ MARKS = ("model_name_or_path", "dataset_name")
 RENAMED = {"model_name_or_path": "model", "dtype": "model_dtype", "torch_dtype": "model_dtype"}
 
 DEFAULTS = {"loss_type": "kto", "learning_rate": 1e-6, "gradient_checkpointing": True, "disable_dropout": True}
-"""Of TRL's KTOConfig, where they differ from ours."""
+"""Defaults of TRL's KTOConfig that differ from ours."""
 
 WITHOUT_EFFECT = {
     "precompute_ref_log_probs": "the reference is always computed once and cached",
     "precompute_ref_batch_size": "reference_tokens_per_batch sets the size of the reference's batches",
     "dataset_num_proc": "rows are tokenized in this process",
-    "pad_to_multiple_of": "padding is never looked at",
+    "pad_to_multiple_of": "the model never reads padding",
     "max_completion_length": "max_length and max_prompt_length decide",
-    "train_sampling_strategy": "mismatched completions do not hang on the order of the rows",
-    "gradient_checkpointing_use_reentrant": "checkpointing is not reentrant",
-    "ignore_bias_buffers": "it concerned debugging",
-    "lora_task_type": "it is a causal language model",
-    "bnb_4bit_quant_type": "4 bits are NF4",
-    "use_bnb_nested_quant": "4 bits are quantised twice",
+    "train_sampling_strategy": "mismatched completions do not depend on the order of the rows",
+    "gradient_checkpointing_use_reentrant": "checkpointing is never reentrant",
+    "ignore_bias_buffers": "it was a debugging option",
+    "lora_task_type": "the model is always a causal language model",
+    "bnb_4bit_quant_type": "4-bit weights are always NF4",
+    "use_bnb_nested_quant": "4-bit weights are always quantised twice",
 }
 
 REFUSED = {
@@ -41,11 +41,11 @@ REFUSED = {
     "dataset_config": "download that configuration and give the file",
     "model_init_kwargs": "use model_dtype and attn_implementation",
 }
-"""Refused when they are set to anything but what they are by default (false, null or empty)."""
+"""Refused when set to anything but the default (false, null or empty)."""
 
 
 def from_trl(options: Mapping[str, object]) -> dict[str, object]:
-    """Options as `bco-fast train` has them; a mapping without TRL's marks comes back as it is.
+    """Options of `bco-fast train`; a mapping without TRL's marks comes back unchanged.
 
     Raises:
         ValueError: a key that cannot be honoured; names it and the reason.

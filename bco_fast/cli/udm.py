@@ -1,33 +1,27 @@
-"""bco-fast: the command line. The last line of `train`, `online` and `demo` on standard output is one line of JSON."""
+"""`bco-fast udm`: underlying distribution matching, a weight column for a feedback file."""
 
 from __future__ import annotations
 
-from .common import UsageError, _Parser
+from .common import Parser, usage_errors
 
 
 def udm(arguments: list[str]) -> dict:
-    """Underlying distribution matching: write a weight column."""
     from ..data.density_ratio import as_summary, describe, match_file
 
-    parser = _Parser(
-        prog="bco-fast udm", allow_abbrev=False, description="Weigh thumbs down to the prompts of thumbs up."
+    parser = Parser(
+        prog="bco-fast udm", description="Weigh thumbs down so that their prompts match those of thumbs up."
     )
     parser.add_argument("--data", required=True, help="thumbs up and down, JSONL, JSON, CSV or Parquet: prompt, label")
     parser.add_argument(
-        "--embedder", help="tfidf, or the folder of a Hugging Face model; not needed with --state of tfidf"
+        "--embedder", help="tfidf, or the folder of a Hugging Face model; not needed with a tfidf --state"
     )
     parser.add_argument("--output", required=True, help="JSONL file to write; OUTPUT.udm.json is the state")
-    parser.add_argument("--state", help="OUTPUT.udm.json of an earlier call: weigh by it, fit nothing")
-    for bound, default in (("min", 0.5), ("max", 10.0)):
-        name = f"{bound}_density_ratio"
-        parser.add_argument(
-            f"--{name}", f"--{name.replace('_', '-')}", type=float, help=f"of a thumbs down's weight; default {default}"
-        )
-    parser.add_argument("--seed", type=int, help="of the folds; default 0")
+    parser.add_argument("--state", help="OUTPUT.udm.json of an earlier call: take its weights' model, fit nothing")
+    parser.add_argument("--min_density_ratio", type=float, help="lowest weight of a thumbs down (default: 0.5)")
+    parser.add_argument("--max_density_ratio", type=float, help="highest weight of a thumbs down (default: 10)")
+    parser.add_argument("--seed", type=int, help="of the folds (default: 0)")
     options = vars(parser.parse_args(arguments))
-    try:
+    with usage_errors(ValueError, OSError, ImportError):
         report = match_file(options.pop("data"), options.pop("output"), **options)
-    except (ValueError, OSError, ImportError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
     print(describe(report))
     return as_summary(report)

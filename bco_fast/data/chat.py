@@ -1,18 +1,19 @@
 """Chat messages: which part of a conversation is the completion, and its tokens under the tokenizer's chat template.
 
-    tokens = tok(template(messages)),    the prompt being tok(template(messages but the last, add_generation_prompt))
+    tokens = tok(template(messages)),    prompt = tok(template(all messages but the last, add_generation_prompt))
 
-without further special tokens: the template writes them. The prompt's rendering must be the beginning of the whole
-rendering. A rendering that does not close with a special token gets EOS behind it, because a completion must end.
+No further special tokens are added: the template writes them. The conversation's rendering must begin with the prompt's.
+A rendering that does not end with a special token gets EOS appended, because a completion must end.
 
-What a message says is data. Where its text holds a special token ("</s>"), that text is encoded as text, so nobody ends
-a turn or opens a system message from inside one; template syntax ("{{ x }}") is never evaluated.
+The text of a message is data. If it holds a special token ("</s>"), that is encoded as plain text, so a message cannot end
+its turn or open a system message; template syntax ("{{ x }}") is never evaluated.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -20,43 +21,46 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sources import FeedbackError, Flaw, shortened
+from .sources import FeedbackError, RowError, one_line, shortened
+from .tokenizer import special_tokens
+
+logger = logging.getLogger("bco_fast")
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _REPLIES = ("assistant", "tool", "function", "ipython")
 
 Message = dict
-"""{"role": ..., "content": ...}, and what else the template reads: tool_calls, name, reasoning_content, ..."""
+"""{"role": ..., "content": ...}, and whatever else the template reads: tool_calls, name, reasoning_content, ..."""
 
 
 def as_messages(value, name: str) -> tuple[Message, ...]:
     """Validated messages; content given as text parts is joined, keys whose value is null are dropped.
 
     Raises:
-        Flaw: value is no list of messages.
+        RowError: value is not a list of messages.
     """
     if not value:
-        raise Flaw(f"{name} has no message")
+        raise RowError(f"{name} has no message")
     return tuple(_message(message, f"{name}[{index}]") for index, message in enumerate(value))
 
 
 def _message(value, where: str) -> Message:
     if not isinstance(value, Mapping):
-        raise Flaw(f"{where} must be a message with role and content, not {type(value).__name__}")
+        raise RowError(f"{where} must be a message with role and content, not {type(value).__name__}")
     if "role" not in value:
-        raise Flaw(f"{where} has no 'role' (found: {shortened(value)})")
+        raise RowError(f"{where} has no 'role' (found: {shortened(value)})")
     role = value["role"]
     if role not in ROLES:
-        raise Flaw(f"the role of {where} must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}")
+        raise RowError(f"the role of {where} must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}")
     message = {key: item for key, item in value.items() if item is not None}  # Arrow fills absent keys with null
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         message["content"] = "".join(_text_part(part, where) for part in content)
     elif content is None:
         if not message.get("tool_calls"):
-            raise Flaw(f"{where} has no 'content'")
+            raise RowError(f"{where} has no 'content'")
     elif not isinstance(content, str):
-        raise Flaw(f"the content of {where} must be a string, not {type(content).__name__}")
+        raise RowError(f"the content of {where} must be a string, not {type(content).__name__}")
     _check_json(message, where)
     return message
 
@@ -65,7 +69,7 @@ def _text_part(part, where: str) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise Flaw(f"the content of {where} has a part that is not text ({str(kind)[:40]})")
+    raise RowError(f"the content of {where} has a part that is not text ({str(kind)[:40]})")
 
 
 def conversation(prompt, completion, name: str) -> tuple[tuple[Message, ...], Message]:
@@ -73,9 +77,9 @@ def conversation(prompt, completion, name: str) -> tuple[tuple[Message, ...], Me
 
     Args:
         prompt: a string (a user's message), messages, or None when `completion` is the whole conversation. A completion
-            may begin with the prompt again, as exported preference data often does.
+            may repeat the prompt at its beginning, as exported preference data often does.
         completion: a string (the assistant's message) or messages; all but the last count as prompt.
-        name: of the completion's column, for complaints.
+        name: the completion's column, for errors.
     """
     if isinstance(completion, str):
         messages = ({"role": "assistant", "content": completion},)
@@ -89,15 +93,15 @@ def conversation(prompt, completion, name: str) -> tuple[tuple[Message, ...], Me
         said = messages[: len(before)] == before
     if not said:
         if messages[0]["role"] not in _REPLIES:
-            raise Flaw(f"{name} begins with a message from {messages[0]['role']!r}, but not with the prompt")
+            raise RowError(f"{name} begins with a message from {messages[0]['role']!r}, but not with the prompt")
         messages = (*before, *messages)
     *context, last = messages
     if last["role"] != "assistant":
-        raise Flaw(f"the last message of {name} is from {last['role']!r}, not 'assistant'")
+        raise RowError(f"the last message of {name} is from {last['role']!r}, not 'assistant'")
     if not context:
-        raise Flaw(f"{name} has nothing before the assistant's message")
+        raise RowError(f"{name} has nothing before the assistant's message")
     if not last.get("content", "").strip() and not last.get("tool_calls"):
-        raise Flaw(f"{name} is empty")
+        raise RowError(f"{name} is empty")
     return tuple(context), last
 
 
@@ -109,9 +113,9 @@ def as_tools(value) -> tuple[dict, ...] | None:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise Flaw(f"tools is not JSON ({error})") from None
+            raise RowError(f"tools is not JSON ({error})") from None
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
-        raise Flaw("tools must be a list of JSON schemas")
+        raise RowError("tools must be a list of JSON schemas")
     _check_json(list(value), "tools")
     return tuple(value) or None
 
@@ -120,21 +124,14 @@ def _check_json(value, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Flaw(f"{where} has a lone surrogate, which is no text") from None
+        raise RowError(f"{where} has a lone surrogate, which is not text") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise Flaw(f"{where} is not JSON ({error})") from None
-
-
-def special_tokens(tokenizer) -> dict[str, int]:
-    """{text: id} of every token that controls the model, so that text must not become it."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-    added = {str(token): index for index, token in added if token.special}
-    return added | dict(zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True))
+        raise RowError(f"{where} is not JSON ({error})") from None
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One row as text. A character of `literals` stands for the text of a special token that somebody wrote."""
+    """One row as text. Each character in `literals` replaces a special token that was written as text."""
 
     prompt: str
     completions: tuple[str, ...]
@@ -153,7 +150,7 @@ def with_template(tokenizer, template: str | os.PathLike | None):
     if template is None:
         return tokenizer
     text = str(template)
-    if "{" not in text:  # a template without a tag would say the same of every conversation
+    if "{" not in text:  # a template without a tag would render every conversation alike
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -179,13 +176,13 @@ class ChatEncoder:
         self.specials = re.compile("|".join(map(re.escape, specials)))
         self.closes = tuple(specials)
         self.left_out: Counter[str] = Counter()
-        """Rows whose prompt the template does not write in full: by role, and "tools"."""
+        """Rows whose prompt the template does not render in full: by role, and "tools"."""
 
     def render(self, prompt: Sequence[Message], completions: Sequence[Message], tools) -> Rendering:
         """
         Raises:
-            Flaw: the template refuses the conversation, leaves the completion out, or writes a prompt that is not the
-                beginning of the whole.
+            RowError: the template refuses the conversation, leaves out the completion, or renders the prompt differently
+                inside the conversation.
         """
         literals, (prompt, completions, tools) = self._mark((list(prompt), list(completions), tools))
         before = self._apply(prompt, tools, add_generation_prompt=True)
@@ -195,24 +192,24 @@ class ChatEncoder:
             whole = self._apply([*prompt, completion], tools)
             if not whole.startswith(before):
                 shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-                raise Flaw(
-                    "the chat template does not begin the conversation as it begins the prompt alone, which goes on with "
-                    f"{before[shared : shared + 40]!r}"
+                raise RowError(
+                    "the chat template renders the prompt differently inside the conversation than alone, where it continues "
+                    f"with {before[shared : shared + 40]!r}"
                 )
             part = whole[len(before) :]
             if not self.specials.sub("", part).strip():
-                raise Flaw("the chat template writes nothing of the last message")
+                raise RowError("the chat template leaves out the last message")
             parts.append(part if part.rstrip().endswith(self.closes) else part + self.tokenizer.eos_token)
         return Rendering(before, tuple(parts), literals)
 
     def _apply(self, messages: list[Message], tools, **options) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-        except Exception as error:  # the template is a program of the model's author; what it raises is about this row
-            raise Flaw(f"the chat template refuses it ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None  # fmt: skip
+        except Exception as error:  # a template is a program, which may raise anything about a row
+            raise RowError(f"the chat template refuses it ({type(error).__name__}: {one_line(error)[:300]})") from None
 
     def _mark(self, value: tuple) -> tuple[dict[str, str], tuple]:
-        """Special tokens in the text of messages and tools, each replaced by a character that occurs nowhere else."""
+        """Replace each special token in the text of messages and tools by a character that occurs nowhere else."""
         texts = list(_strings(value))
         found = {match[0] for text in texts for match in self.specials.finditer(text)}
         if not found:
@@ -226,11 +223,17 @@ class ChatEncoder:
 
         return {mark: text for text, mark in marks.items()}, _replaced(value, marked)
 
+    def warn(self) -> None:
+        """Log what the template leaves out of the rows rendered so far."""
+        if self.left_out:
+            lost = ", ".join(f"{what} in {count} rows" for what, count in sorted(self.left_out.items()))
+            logger.warning("the chat template leaves out or changes %s", lost)
+
     def encode(self, renderings: Sequence[Rendering]) -> Iterator[tuple[list[int], list[list[int]]]]:
         """(ids of the prompt, ids of each completion) per rendering.
 
-        The ids are those of the whole text where they begin with the prompt's. Where a token would reach across the
-        border, prompt and completion are encoded apart: a model that generates has seen the prompt by itself.
+        These are the ids of the whole text if they begin with the prompt's. If a token would reach across the border,
+        prompt and completion are encoded separately: a model that generates sees the prompt alone.
         """
         plain = iter(self._ids([text for r in renderings if not r.literals for text in _texts(r)]))
         for rendering in renderings:
@@ -256,20 +259,15 @@ class ChatEncoder:
         return ids
 
 
-def _tool_name(tool: Mapping) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
-
-
 def _left_out(text: str, prompt: Sequence[Message], tools) -> set[str]:
-    """What a template did not write. Replies are not looked at: templates drop the thoughts of former turns by intent."""
+    """What a template left out. Replies are not checked: templates drop the reasoning of earlier turns on purpose."""
     lost = {
         message["role"]
         for message in prompt
         if message["role"] not in _REPLIES and message.get("content", "").strip() not in text
     }
-    names = [_tool_name(tool) for tool in tools or ()]
-    return lost | {"tools" for name in names if name not in text}
+    functions = [tool.get("function", tool) for tool in tools or ()]
+    return lost | {"tools" for f in functions if isinstance(f, Mapping) and str(f.get("name", "")) not in text}
 
 
 def _texts(rendering: Rendering) -> list[str]:

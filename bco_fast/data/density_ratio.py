@@ -1,25 +1,24 @@
-"""Underlying distribution matching: thumbs-down examples weighted to the prompts that thumbs up come from.
+"""Underlying distribution matching: weights that match the prompts of thumbs down to those of thumbs up.
 
-Where the two classes were collected on different prompts, BCO's classifier may learn the prompt instead of the answer. A
-logistic regression on prompt embeddings estimates p(up | x); a thumbs-down example counts
+If the two classes were collected on different prompts, BCO's classifier may learn the prompt instead of the answer. A
+logistic regression on prompt embeddings estimates p(up | x); a thumbs-down example gets the weight
 
     w(x) = clamp(p(up | x) / (1 - p(up | x)), 0.5, 10)
 
-times, a thumbs-up one once (Jung et al., arXiv 2404.04656 v1; formerly inside TRL's BCOTrainer). For that to be the ratio of
-densities p(x | up) / p(x | down) the two classes must weigh the same in the regression, as they do in TRL's
-(`class_weight="balanced"`): otherwise every weight would carry the factor n_up / n_down, which is balance, not matching.
+and a thumbs-up one the weight 1 (Jung et al., arXiv 2404.04656 v1; formerly inside TRL's BCOTrainer). This is the density
+ratio p(x | up) / p(x | down) only if both classes weigh the same in the regression (`class_weight="balanced"`, as in TRL):
+otherwise every weight would carry the factor n_up / n_down, which corrects class balance, not the prompts.
 
-What is different here, and why: a regression that has seen a prompt's label has partly learned it by heart, and then finds
-every thumbs down unlikely: on prompts that have nothing to do with the labels such weights fall to 0.5 instead of 1. So a
-prompt is judged by a regression that was fitted without it. A hash of its text decides by which, so that the same prompt
-weighs the same in every file, and the strength of regularisation is the one that predicts best out of fold.
+A regression partly memorises the labels of the prompts it was fitted on, and then finds every thumbs down unlikely: even if
+prompts say nothing about labels, such weights fall to 0.5 instead of 1. So each prompt is judged by a regression that was
+fitted without it. A hash of its text selects which, so a prompt has the same weight in every file; the strength of
+regularisation is the one that predicts best out of fold.
 
-It is an offline step: training needs no embedding model, and the state is JSON, never a pickle.
+This is an offline step: training needs no embedding model, and the state is JSON, never a pickle.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -31,31 +30,32 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_text
-from .embedders import Embedder, ModelEmbedder, TfidfEmbedder
-from .sources import FeedbackError, Flaw, open_source
+from .embedders import ModelEmbedder, TfidfEmbedder
+from .rows import BadRows, as_text, label_of, weight_of
+from .sources import FeedbackError, RowError, as_record, open_source
 
 SCHEMA = 2
 FOLDS = 5
 INVERSE_REGULARIZATION = (0.01, 0.1, 1.0, 10.0)
-"""What is tried; scikit-learn's C."""
+"""The values tried for scikit-learn's C."""
 
 
 @dataclass(frozen=True)
 class MatchReport:
-    """What the weights amount to."""
+    """How far the weights are from 1, and what they cost."""
 
     rows: int
     thumbs_up: int
     thumbs_down: int
     auc: float | None
-    """Of prompts against class, by regressions that were fitted without the prompt; 0.5: the classes share their prompts,
-    there is nothing to match. None when the state was given."""
+    """Of prompts against class, by regressions fitted without the prompt; 0.5: the classes share their prompts and there
+    is nothing to match. None when the state was given."""
     effective_sample_size: float
-    """(Σw)² / Σw² of the thumbs down: so many unweighted examples carry as much."""
+    """(Σw)² / Σw² of the thumbs down: the number of unweighted examples with the same variance."""
     effective_sample_size_all: float
     """The same of all rows."""
     mean_density_ratio: float | None
-    """Of the thumbs down, before the clamp; 1 in expectation, far from it the estimate is poor."""
+    """Of the thumbs down, before the clamp. Its expectation is 1; a value far from 1 means a poor estimate."""
     clamped: int
     """Thumbs-down weights at one of the two bounds."""
 
@@ -64,11 +64,11 @@ class DensityRatio:
     """An estimate of p(x | up) / p(x | down), fitted or from a state.
 
     Args:
-        embedder: what makes vectors of prompts.
+        embedder: turns prompts into vectors.
         seed: of the folds.
     """
 
-    def __init__(self, embedder: Embedder, *, seed: int = 0):
+    def __init__(self, embedder: TfidfEmbedder | ModelEmbedder, *, seed: int = 0):
         self.embedder, self.seed = embedder, seed
         self.inverse_regularization: float | None = None
         self._coef = np.empty((0, 0))  # [folds, features]
@@ -100,25 +100,24 @@ class DensityRatio:
         return _auc_within(chosen, up, fold)
 
     def _choose_folds(self, prompts: Sequence[str], up: np.ndarray) -> tuple[np.ndarray, int]:
-        """(fold of each prompt, how many), as many as leave both classes outside of each."""
+        """(fold of each prompt, number of folds): the largest number that leaves both classes outside each fold."""
         for folds in range(FOLDS, 1, -1):
             fold = self._fold(prompts, folds)
             if all(0 < up[fold != k].sum() < (fold != k).sum() for k in range(folds)):
                 return fold, folds
+        distinct = len(set(prompts))
         raise FeedbackError(
-            f"{len(set(prompts))} distinct prompts are too few: without any half of them, both classes must be left"
+            f"{distinct} distinct prompts are too few: both classes must remain without any half of them"
         )
 
     def _fold(self, prompts: Sequence[str], folds: int) -> np.ndarray:
-        def number(prompt: str) -> int:
-            salt = self.seed.to_bytes(8, "little", signed=True)
-            digest = hashlib.blake2b(prompt.encode(), digest_size=8, salt=salt, person=b"bco_fast.udm").digest()
-            return int.from_bytes(digest, "little") % folds
-
-        return np.array([number(prompt) for prompt in prompts], dtype=np.int64)
+        salt = self.seed.to_bytes(8, "little", signed=True)
+        options = {"digest_size": 8, "salt": salt, "person": b"bco_fast.udm"}
+        digests = (hashlib.blake2b(prompt.encode(), **options).digest() for prompt in prompts)
+        return np.array([int.from_bytes(digest, "little") % folds for digest in digests], dtype=np.int64)
 
     def ratio(self, prompts: Sequence[str]) -> np.ndarray:  # [prompts] float64
-        """p / (1 - p), before any clamp; of a prompt it was fitted on, by the regression that has not seen it."""
+        """p / (1 - p), before the clamp, by the regression that has not seen the prompt."""
         if self.inverse_regularization is None:
             raise ValueError("fit the density ratio, or load a state, first")
         if not len(prompts):
@@ -129,25 +128,21 @@ class DensityRatio:
 
     def state_dict(self) -> dict:
         """Plain numbers and text."""
+        folds = zip(self._coef.tolist(), self._intercept.tolist(), strict=True)
         return {
             "schema": SCHEMA,
             "seed": self.seed,
             "inverse_regularization": self.inverse_regularization,
             "embedder": self.embedder.state_dict(),
-            "folds": [
-                {"coef": coef.tolist(), "intercept": float(intercept)}
-                for coef, intercept in zip(self._coef, self._intercept, strict=True)
-            ],
+            "folds": [{"coef": coef, "intercept": intercept} for coef, intercept in folds],
         }
 
     @classmethod
     def from_state(cls, state: Mapping, embedder: str | None = None) -> DensityRatio:
-        """
-        Args:
-            embedder: "tfidf" or a folder; must be what the state was fitted with. Only tfidf needs none.
+        """From `state_dict()` and the embedder that it was fitted with: a folder, or "tfidf", which may be left out.
 
         Raises:
-            FeedbackError: the state is of another schema or embedder, or not whole.
+            FeedbackError: the state is of another schema or embedder, or not complete.
         """
         try:
             if state["schema"] != SCHEMA:
@@ -160,8 +155,8 @@ class DensityRatio:
             made = make_embedder(embedder or "tfidf")
             made.load_state_dict(state["embedder"])
             ratio = cls(made, seed=int(state["seed"]))
-            ratio._coef = np.array([fold["coef"] for fold in state["folds"]], dtype=np.float64)
-            ratio._intercept = np.array([fold["intercept"] for fold in state["folds"]], dtype=np.float64)
+            folds = [[fold[name] for fold in state["folds"]] for name in ("coef", "intercept")]
+            ratio._coef, ratio._intercept = (np.array(values, dtype=np.float64) for values in folds)
             ratio.inverse_regularization = float(state["inverse_regularization"])
             if ratio._coef.ndim != 2 or len(ratio._coef) < 2 or ratio._coef.shape[1] != made.features:
                 raise ValueError(f"coefficients {ratio._coef.shape} for {made.features} features")
@@ -174,7 +169,7 @@ class DensityRatio:
         return ratio
 
 
-def make_embedder(name: str) -> Embedder:
+def make_embedder(name: str) -> TfidfEmbedder | ModelEmbedder:
     """Name: "tfidf", or the folder of a Hugging Face model."""
     return TfidfEmbedder() if name == "tfidf" else ModelEmbedder(name)
 
@@ -183,10 +178,8 @@ def _regressions(features, up: np.ndarray, fold: np.ndarray, folds: int, strengt
     """Coefficients [folds, features] and intercepts [folds], each fitted on the other folds."""
     from sklearn.linear_model import LogisticRegression
 
-    models = [
-        LogisticRegression(C=strength, class_weight="balanced", max_iter=5000).fit(features[fold != k], up[fold != k])
-        for k in range(folds)
-    ]
+    options = {"C": strength, "class_weight": "balanced", "max_iter": 5000}
+    models = [LogisticRegression(**options).fit(features[fold != k], up[fold != k]) for k in range(folds)]
     return np.stack([model.coef_[0] for model in models]), np.array([float(model.intercept_[0]) for model in models])
 
 
@@ -194,13 +187,13 @@ def _logits(features, fold: np.ndarray, coef: np.ndarray, intercept: np.ndarray)
     logits = np.empty(len(fold))
     for k in np.unique(fold):
         here = features[fold == k]
-        # Of dense vectors no matrix product: the rounding of one row would depend on how many others there are.
+        # No matrix product of dense vectors: the rounding of a row would depend on the number of other rows.
         logits[fold == k] = intercept[k] + ((here * coef[k]).sum(1) if isinstance(here, np.ndarray) else here @ coef[k])
     return logits
 
 
 def _auc_within(logits: np.ndarray, up: np.ndarray, fold: np.ndarray) -> float:
-    """Pairs from two folds were judged by two regressions, so they are not compared. NaN without a pair."""
+    """Prompts of two folds were judged by two regressions, so they are not compared. NaN without a pair."""
     from sklearn.metrics import roc_auc_score
 
     won = pairs = 0.0
@@ -210,9 +203,6 @@ def _auc_within(logits: np.ndarray, up: np.ndarray, fold: np.ndarray) -> float:
         if n:
             won, pairs = won + n * float(roc_auc_score(up[here], logits[here])), pairs + n
     return won / pairs if pairs else math.nan
-
-
-# ---- files
 
 
 def match_file(
@@ -227,18 +217,18 @@ def match_file(
 ) -> MatchReport:
     """Read thumbs up and down, write them as JSONL with a `weight` column, and the state as OUTPUT.udm.json.
 
-    A weight that is there already is multiplied; other columns stay. The same input gives the same bytes.
+    An existing weight is multiplied; other columns are copied. The same input gives the same bytes.
 
     Args:
         data: JSONL, a JSON array, CSV or Parquet, with prompt (text or messages) and label.
-        embedder: "tfidf", or the folder of a Hugging Face model; with a state of tfidf none is needed.
-        state: of an earlier call; the rows are weighted by it and its settings, nothing is fitted or written but OUTPUT.
+        embedder: "tfidf", or the folder of a Hugging Face model; not needed with a state of tfidf.
+        state: of an earlier call. The rows are weighted by it and its settings; nothing is fitted, only OUTPUT is written.
         min_density_ratio, max_density_ratio: bounds of a thumbs-down weight; default 0.5 and 10.
         seed: of the folds; default 0.
 
     Raises:
         FeedbackError: a bad row; one class only; too few prompts; a state or embedder that does not fit.
-        ValueError: bounds out of order, settings beside a state, no embedder, or output is data.
+        ValueError: bounds out of order, settings given with a state, no embedder, or output equal to data.
     """
     data, output = Path(data), Path(output)
     if not data.is_file():
@@ -255,23 +245,22 @@ def match_file(
         ratio = DensityRatio(make_embedder(embedder), seed=settings["seed"])
     else:
         if given:
-            raise ValueError(f"{', '.join(given)} come from the state; fit anew to change them")
+            raise ValueError(f"{', '.join(given)} come from the state; to change them, fit again")
         ratio, settings = _read_state(state, embedder)
     low, high = settings["min_density_ratio"], settings["max_density_ratio"]
     if not 0 < low <= high < math.inf:
         raise ValueError(f"density ratios must be 0 < min <= max, not {low} and {high}")
-    rows = _read(data)
-    prompts, up = [row.prompt for row in rows], np.array([row.label for row in rows])
+    prompts, labels, given_weights = _read(data)
+    up = np.array(labels)
     if state is None:
-        auc = ratio.fit(prompts, up.tolist())
-    raw = ratio.ratio([row.prompt for row in rows if not row.label])
-    matched = np.ones(len(rows))
-    matched[~up] = np.clip(raw, low, high)
-    weights = matched * np.array([row.weight for row in rows])
+        auc = ratio.fit(prompts, labels)
+    raw = ratio.ratio([prompt for prompt, label in zip(prompts, labels, strict=True) if not label])
+    weights = np.array(given_weights)
+    weights[~up] *= np.clip(raw, low, high)
     with atomic_text(output) as file:
         file.writelines(_weighted(data, weights))
     report = MatchReport(
-        rows=len(rows),
+        rows=len(up),
         thumbs_up=int(up.sum()),
         thumbs_down=int((~up).sum()),
         auc=auc,
@@ -289,80 +278,36 @@ def _effective(weights: np.ndarray) -> float:
     return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
 
 
-@dataclass(frozen=True)
-class _Row:
-    prompt: str
-    label: bool
-    weight: float
-
-
-def _records(data: Path) -> Iterator[tuple[str, object]]:
-    stream = open_source(data, ("prompt", "label", "weight"))
-    if stream.columns is not None:  # of a table every column is to be kept
-        stream = open_source(data, stream.columns)
-    for where, record in stream.records:
-        yield where, record if stream.typed or isinstance(record, Flaw) else _typed(record)
-
-
-def _typed(record: Mapping[str, str]) -> dict:
-    """A row of CSV, where everything is text."""
-    values: dict = dict(record)
-    truth = {"true": True, "1": True, "false": False, "0": False, "": None}
-    for name in {"label", "kto_tag"} & values.keys():
-        values[name] = truth.get(values[name].lower(), values[name])
-    if "weight" in values:
-        with contextlib.suppress(ValueError):  # refused as it stands, by its row
-            values["weight"] = float(values["weight"] or 1.0)
-    return values
-
-
-def _read(data: Path) -> list[_Row]:
-    rows, bad = [], []
-    for where, record in _records(data):
+def _read(data: Path) -> tuple[list[str], list[bool], list[float]]:
+    """Prompts, labels and weights; every bad row is counted."""
+    rows: list[tuple[str, bool, float]] = []
+    bad_rows = BadRows(None)
+    for where, record in open_source(data).records:
         try:
-            rows.append(_row(record))
-        except Flaw as flaw:
-            bad.append(f"{where}: {flaw}")
-    if bad:
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
-        raise FeedbackError(f"{bad[0]}{more}")
-    if not rows:
-        raise FeedbackError(f"{data}: no row")
-    return rows
+            rows.append(_row(as_record(record)))
+        except RowError as error:
+            bad_rows.add(where, error)
+    bad_rows.settle(len(rows))
+    prompts, labels, weights = map(list, zip(*rows, strict=True))
+    return prompts, labels, weights
 
 
-def _row(record) -> _Row:
-    if isinstance(record, Flaw):
-        raise record
-    if not isinstance(record, Mapping):
-        raise Flaw(f"a row must be an object, not {type(record).__name__}")
+def _row(record: Mapping) -> tuple[str, bool, float]:
     if record.get("chosen") is not None:
-        raise Flaw("the two sides of a pair have one prompt, so there is nothing to match")
-    label = record.get("label", record.get("kto_tag"))
-    if not isinstance(label, bool):
-        what = "column 'label' is missing" if label is None else f"label must be true or false, not {label!r}"
-        raise Flaw(f"{what}; of a score `bco-fast convert --recipe scores` makes one")
-    weight = 1.0 if record.get("weight") is None else record["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e300:
-        raise Flaw(f"weight must be a number >= 0, not {weight!r}")
-    return _Row(_text(record.get("prompt")), label, float(weight))
-
-
-def _text(prompt) -> str:
-    """Of a chat, what the messages say, one after another."""
+        raise RowError("the two sides of a pair have one prompt, so there is nothing to match")
+    try:
+        label = label_of(record)
+    except RowError as error:
+        raise RowError(f"{error}; `bco-fast convert --recipe scores` turns a score into a label") from None
+    weight = 1.0 if record.get("weight") is None else weight_of(record)
+    prompt = record.get("prompt")
     if isinstance(prompt, list) and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in prompt):
         prompt = "\n".join(message["content"] for message in prompt)
-    if not isinstance(prompt, str):
-        raise Flaw("prompt must be a string, or messages with a content")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise Flaw("prompt has a lone surrogate, which is no text") from None
-    return prompt
+    return as_text(prompt, "prompt", "a string, or messages with a content"), label, weight
 
 
 def _weighted(data: Path, weights: np.ndarray) -> Iterator[str]:
-    for (where, record), weight in zip(_records(data), weights, strict=True):
+    for (where, record), weight in zip(open_source(data).records, weights, strict=True):
         try:
             line = json.dumps({**record, "weight": float(weight)}, ensure_ascii=False)
             line.encode()
@@ -376,14 +321,11 @@ def _write_state(path: Path, ratio: DensityRatio, settings: dict, report: MatchR
 
     from .. import __version__
 
-    versions = {"bco_fast": __version__, "scikit-learn": sklearn.__version__, "numpy": np.__version__}
-    bounds = {name: settings[name] for name in ("min_density_ratio", "max_density_ratio")}
+    state = ratio.state_dict() | {name: settings[name] for name in ("min_density_ratio", "max_density_ratio")}
+    state["versions"] = {"bco_fast": __version__, "scikit-learn": sklearn.__version__, "numpy": np.__version__}
+    state["fitted_on"] = as_summary(report)
     with atomic_text(path) as file:
-        json.dump(
-            {**ratio.state_dict(), **bounds, "versions": versions, "fitted_on": as_summary(report)},
-            file, sort_keys=True, ensure_ascii=False,
-        )  # fmt: skip
-        file.write("\n")
+        file.write(json.dumps(state, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _read_state(path: str | os.PathLike, embedder: str | None) -> tuple[DensityRatio, dict]:
@@ -400,7 +342,7 @@ def _read_state(path: str | os.PathLike, embedder: str | None) -> tuple[DensityR
 
 
 def describe(report: MatchReport) -> str:
-    """The report for a person."""
+    """The report as three lines of text."""
     auc = "not measured" if report.auc is None else f"{report.auc:.3f} (0.5: the classes share their prompts)"
     return (
         f"{report.rows} rows: {report.thumbs_up} up, {report.thumbs_down} down\n"
@@ -412,10 +354,6 @@ def describe(report: MatchReport) -> str:
 
 def as_summary(report: MatchReport) -> dict:
     """Plain numbers, rounded; null where there is none."""
-
-    def plain(value):
-        if not isinstance(value, float):
-            return value
-        return round(value, 6) if math.isfinite(value) else None
-
-    return {name: plain(value) for name, value in asdict(report).items()}
+    values = asdict(report).items()
+    floats = {name: round(v, 6) if math.isfinite(v) else None for name, v in values if isinstance(v, float)}
+    return dict(values) | floats

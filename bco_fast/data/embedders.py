@@ -1,4 +1,4 @@
-"""Vectors of prompts for distribution matching: tf-idf, or a language model. A text's vector is the same in any company."""
+"""Vectors of prompts for distribution matching: tf-idf, or a language model. A vector depends on its own text only."""
 
 from __future__ import annotations
 
@@ -6,42 +6,23 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from .sources import FeedbackError
+from .sources import FeedbackError, one_line
 
 MAX_TERMS = 20_000
 
 
-class Embedder(Protocol):
-    """What `DensityRatio` asks for."""
-
-    features: int
-    """Length of a vector."""
-
-    def fit(self, texts: Sequence[str]):
-        """Vectors [texts, features], dense or sparse, after learning what is needed from the texts themselves."""
-
-    def embed(self, texts: Sequence[str]):
-        """Vectors [texts, features] of texts it need not have seen."""
-
-    def state_dict(self) -> dict:
-        """Plain numbers and text."""
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Raises an error of `FeedbackError`, LookupError, TypeError or ValueError if it does not fit."""
-
-
 class TfidfEmbedder:
-    """Words of the text, (1 + log count) · idf, of length 1; needs no model. The most frequent words only."""
+    """(1 + log count) · idf of the most frequent words, of length 1; needs no model."""
 
     def __init__(self) -> None:
         self.features = 0
         self._vectorizer = None
 
     def fit(self, texts: Sequence[str]):
+        """Learn from the texts; -> their vectors [texts, features], sparse."""
         self._vectorizer = _vectorizer(max_features=MAX_TERMS)
         try:
             vectors = self._vectorizer.fit_transform(texts)
@@ -75,23 +56,19 @@ def _vectorizer(**options):
 class ModelEmbedder:
     """Mean of a Hugging Face model's last hidden states over the tokens of the text, of length 1.
 
-    No network, no code from the folder, weights from safetensors only. Texts longer than the model's positions lose their
-    end. One text at a time: in a padded batch the rounding of one text's vector depends on the others.
+    No network, no code from the folder, weights from safetensors only. Texts longer than the model's positions are cut at
+    the end. One text at a time: in a padded batch the rounding of a vector depends on the other texts.
 
     Args:
         path: the model's folder.
 
     Raises:
-        FeedbackError: it is no folder of a model that can be used.
+        FeedbackError: it is not the folder of a usable model.
     """
 
     def __init__(self, path: str):
         if not Path(path).is_dir():
             raise FeedbackError(f"--embedder {path}: neither tfidf nor a folder")
-        self._known: dict[str, np.ndarray] = {}
-        self._load(path)
-
-    def _load(self, path: str) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
@@ -100,9 +77,10 @@ class ModelEmbedder:
             self._tokenizer = AutoTokenizer.from_pretrained(path, **local)
             model = AutoModel.from_pretrained(path, **local, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise FeedbackError(f"--embedder {path}: {' '.join(str(error).split())}") from None
+            raise FeedbackError(f"--embedder {path}: {one_line(error)}") from None
         if model.config.is_encoder_decoder:
             raise FeedbackError(f"--embedder {path}: an encoder-decoder model has no single last hidden state")
+        self._known: dict[str, np.ndarray] = {}
         self._digest = _digest(model, self._tokenizer)
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         # RoBERTa counts more positions than a text may have; some tokenizers claim 1e30.
@@ -110,14 +88,13 @@ class ModelEmbedder:
         self._limit = int(min(self._tokenizer.model_max_length, positions))
         self.features = int(model.config.get_text_config().hidden_size)
 
-    def fit(self, texts: Sequence[str]) -> np.ndarray:
-        return self.embed(texts)
-
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         for text in texts:
             if text not in self._known:
                 self._known[text] = self._vector(text)
         return np.stack([self._known[text] for text in texts])
+
+    fit = embed
 
     def _vector(self, text: str) -> np.ndarray:  # [features] float64
         import torch

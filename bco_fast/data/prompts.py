@@ -1,97 +1,97 @@
-"""Prompts of a file: a JSON list or JSONL, as AlpacaEval, Arena-Hard and plain files have them."""
+"""Prompts for `generate`, `judge` and online training, and their tokens by the rules that feedback follows."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-TEXTS = ("instruction", "prompt", "turns")
+from .chat import ChatEncoder, Message, as_messages, as_tools
+from .rows import BadRows, as_text
+from .sources import FeedbackError, RowError, as_record, open_source, shortened
+from .tokenizer import open_ids
+
+Prompt = str | list[Message]
+TEXTS = ("prompt", "instruction", "turns")
 """Where a record keeps its prompt; the first that is there counts."""
-IDS = ("question_id", "uid")
-ANSWERS = ("completion", "output", "chosen", "rejected", "label", "score", "weight", "generator")
-"""Columns that speak of an earlier completion; they are not carried over to a new one."""
+_IDS = ("question_id", "uid")
 
 
-class GenerationError(ValueError):
-    """Prompts or options that cannot be generated from; names the file, the row and the reason."""
+def read_prompts(source: str | os.PathLike | Iterable[str | Sequence[Message] | Mapping]) -> list[dict]:
+    """Rows with `prompt`, text or chat messages, and their further columns.
 
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    id: str | int | None = None
-    columns: dict = field(default_factory=dict)
-    """What else the record has."""
-
-
-def read_json_records(path: str | os.PathLike) -> list[tuple[str, dict]]:
-    """(file:place, object) of a JSON list or of JSONL, whichever the file is.
+    Args:
+        source: a file (JSON Lines, a JSON array, CSV, Parquet), a name on the Hub, or an iterable. A record is a string,
+            chat messages, or an object with `prompt`, AlpacaEval's `instruction` or Arena-Hard's `turns`. In online training
+            the further columns reach the reward; the chat template reads `tools`. Prompts are all strings or all chats, and
+            a chat does not end with the assistant, whose turn it is.
 
     Raises:
-        GenerationError: the file cannot be read, is not JSON, has no record, or a record is not an object.
+        FeedbackError: the source cannot be read, or a prompt is missing, empty or malformed; names the row.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise GenerationError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise GenerationError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    records = []
-    if text.lstrip().startswith("["):
+    rows: list[dict] = []
+    bad_rows = BadRows(None)
+    for where, record in open_source(source).records:
         try:
-            records = [(f"{path}: record {i}", record) for i, record in enumerate(json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            raise GenerationError(f"{path}: not JSON ({error})") from None
-    else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append((f"{path}:{number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise GenerationError(f"{path}:{number}: not JSON ({error})") from None
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise GenerationError(f"{where}: a record must be an object, not {type(record).__name__}")
-    if not records:
-        raise GenerationError(f"{path}: no record")
-    return records
+            record = as_record({"prompt": record} if isinstance(record, (str, list, tuple)) else record)
+            name, prompt = prompt_of(record)
+            if prompt is None:
+                raise RowError(f"none of the columns {', '.join(TEXTS)} (found: {shortened(record)})")
+            if is_chat(prompt):
+                as_tools(record.get("tools"))
+            rows.append({"prompt": prompt} | {column: value for column, value in record.items() if column != name})
+            if is_chat(prompt) is not is_chat(rows[0]["prompt"]):
+                raise RowError("prompts are all strings or all chat messages, not both")
+        except RowError as error:
+            bad_rows.add(where, error)
+    bad_rows.settle(len(rows))
+    return rows
 
 
-def prompt_of(where: str, record: dict) -> str | None:
-    """The prompt of a record, or None if it has none. Raises GenerationError if it is not one text."""
-    name = next((name for name in TEXTS if name in record), None)
-    if name is None:
-        return None
-    text = record[name]
+def prompt_of(record: Mapping) -> tuple[str, Prompt | None]:
+    """(column, prompt) of a record; (_, None) if it has none. Raises `RowError` if it is not a prompt."""
+    name = next((name for name in TEXTS if name in record), "")
+    prompt = record.get(name)
     if name == "turns":
-        if not isinstance(text, list) or len(text) != 1:
-            raise GenerationError(f"{where}: turns must be a list with one turn")
-        text = text[0]["content"] if isinstance(text[0], dict) and "content" in text[0] else text[0]
-    if not isinstance(text, str) or not text.strip():
-        raise GenerationError(f"{where}: {name} must be a text that is not empty")
-    return text
+        if not isinstance(prompt, (list, tuple)) or len(prompt) != 1:
+            raise RowError("turns must be a list with one turn")
+        prompt = prompt[0]["content"] if isinstance(prompt[0], Mapping) and "content" in prompt[0] else prompt[0]
+    elif isinstance(prompt, (list, tuple)):
+        prompt = list(as_messages(prompt, name))
+        if prompt[-1]["role"] == "assistant":
+            raise RowError(f"{name} ends with the assistant's message, which the model is to write")
+        return name, prompt
+    if name and not (isinstance(prompt, str) and as_text(prompt, name).strip()):
+        raise RowError(f"{name} is empty, or neither text nor messages")
+    return name, prompt
 
 
-def id_of(record: dict) -> str | int | None:
-    found = next((record[name] for name in IDS if record.get(name) is not None), None)
+def id_of(record: Mapping) -> str | int | None:
+    found = next((record[name] for name in _IDS if record.get(name) is not None), None)
     return found if isinstance(found, (str, int)) else None
 
 
-def read_prompts(path: str | os.PathLike) -> list[Prompt]:
-    """Prompts of a JSON list or JSONL file: `instruction`, `prompt`, or Arena-Hard's `turns`.
+def is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str)
+
+
+def prompt_ids(rows: Sequence[Mapping], tokenizer) -> list[list[int]]:
+    """Token ids of each row's prompt, as training reads the prompt of a feedback row.
 
     Raises:
-        GenerationError: as `read_json_records`, or a record without a prompt.
+        FeedbackError: prompts are messages and the tokenizer has no chat template, or the template refuses one.
     """
-    prompts = []
-    for where, record in read_json_records(path):
-        text = prompt_of(where, record)
-        if text is None:
-            raise GenerationError(
-                f"{where}: none of the columns {', '.join(TEXTS)} (found: {', '.join(record) or 'none'})"
-            )
-        columns = {name: value for name, value in record.items() if name not in (*TEXTS, *ANSWERS)}
-        prompts.append(Prompt(text, id_of(record), columns))
-    return prompts
+    if is_chat(rows[0]["prompt"]):
+        encoder, renderings = ChatEncoder(tokenizer), []
+        for number, row in enumerate(rows):
+            try:
+                renderings.append(encoder.render(row["prompt"], [], as_tools(row.get("tools"))))
+            except RowError as error:
+                raise FeedbackError(f"row {number}: {error}") from None
+        encoder.warn()
+        encoded = [ids for ids, _ in encoder.encode(renderings)]
+    else:
+        encoded = open_ids(tokenizer, [row["prompt"] for row in rows])
+    for number, ids in enumerate(encoded):
+        if not ids:
+            raise FeedbackError(f"row {number}: prompt {str(rows[number]['prompt'])[:60]!r} has no tokens")
+    return encoded

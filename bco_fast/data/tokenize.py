@@ -1,11 +1,10 @@
-"""Feedback as tokens, and tokens as batches. What may stand in a file: `rows` and docs/feedback.md.
+"""Feedback as tokens. The file formats are in `rows` and docs/feedback.md.
 
     strings   tok(prompt) + tok(completion, no special tokens) + EOS
     chats     the tokenizer's chat template, see `chat`
 
-Keys of the reference cache rest on these ids. A row longer than `max_length` first loses the beginning of its prompt
-down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and reported,
-never silent.
+The keys of the reference cache depend on these ids. A row longer than `max_length` first loses the beginning of its prompt,
+down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and logged.
 """
 
 from __future__ import annotations
@@ -16,88 +15,78 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .chat import ChatEncoder, Rendering, special_tokens
+from .chat import ChatEncoder, Rendering
 from .dataset import Example, FeedbackDataset
-from .rows import Complaints, FeedbackRow, Needs, read_rows, unpair
-from .sources import Flaw
+from .rows import BadRows, FeedbackRow, Needs, read_rows, unpair
+from .sources import RowError
+from .tokenizer import open_ids, special_tokens
 
 logger = logging.getLogger("bco_fast")
 
-
 BLOCK_ROWS = 1024
-
-
 """Rows given to the tokenizer at once: enough to keep its threads busy, few enough that their lists stay small."""
-
-
 _PROGRESS_ROWS = 10_000
 
 
 class _Encoder:
     """Rows to token ids, block by block."""
 
-    def __init__(self, tokenizer, complaints: Complaints):
+    def __init__(self, tokenizer, bad_rows: BadRows):
         self.eos = tokenizer.eos_token_id
         if self.eos is None:
             raise ValueError("the tokenizer has no EOS token, so a completion could not end")
-        self.tokenizer, self.complaints = tokenizer, complaints
+        self.tokenizer, self.bad_rows = tokenizer, bad_rows
         self.control = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
         self.control_texts = 0
-        """String rows whose completion holds a special token as text."""
+        """Completions of string rows that hold a special token as text."""
         self._chat: ChatEncoder | None = None
 
     def encode(self, rows: Sequence[FeedbackRow]) -> Iterator[tuple[FeedbackRow, list[int], list[list[int]]]]:
-        """(row, prompt, completions), in the order of the rows; those with a flaw are left out."""
+        """(row, prompt, completions), in the order of the rows, without the bad ones."""
         renderings = [None if isinstance(row.prompt, str) else self._render(row) for row in rows]
         strings = self._strings([row for row in rows if isinstance(row.prompt, str)])
-        chats = iter(
-            () if self._chat is None else self._chat.encode([r for r in renderings if isinstance(r, Rendering)])
-        )
+        good = [r for r in renderings if isinstance(r, Rendering)]
+        chats = self._chat.encode(good) if self._chat else iter(())
         for row, rendering in zip(rows, renderings, strict=True):
-            if isinstance(rendering, Flaw):
-                self.complaints.add(row.where, rendering)
+            if isinstance(rendering, RowError):
+                self.bad_rows.add(row.where, rendering)
                 continue
             prompt, sides = next(strings if rendering is None else chats)
             if prompt and all(sides):
                 yield row, prompt, sides
             else:
-                self.complaints.add(row.where, f"{'completion' if prompt else 'prompt'} has no tokens")
+                self.bad_rows.add(row.where, f"{'completion' if prompt else 'prompt'} has no tokens")
 
-    def _render(self, row: FeedbackRow) -> Rendering | Flaw:
+    def _render(self, row: FeedbackRow) -> Rendering | RowError:
         self._chat = self._chat or ChatEncoder(self.tokenizer)
         try:
             return self._chat.render(row.prompt, row.completions, row.tools)
-        except Flaw as flaw:
-            return flaw
+        except RowError as error:
+            return error
 
     def _strings(self, rows: Sequence[FeedbackRow]) -> Iterator[tuple[list[int], list[list[int]]]]:
         if not rows:
             return
-        prompts = list(dict.fromkeys(row.prompt for row in rows))  # rows of one prompt often follow each other
-        prompt_ids = dict(zip(prompts, self._ids(prompts), strict=True))
+        prompts = list(dict.fromkeys(row.prompt for row in rows))  # rows of one prompt are often adjacent
+        prompt_ids = dict(zip(prompts, open_ids(self.tokenizer, prompts), strict=True))
         texts = [text for row in rows for text in row.completions]
-        completions = iter(self._ids(texts, add_special_tokens=False))
+        options = {"add_special_tokens": False, "return_attention_mask": False}
+        completions = iter(self.tokenizer(texts, **options)["input_ids"])
         for row in rows:
-            prompt = prompt_ids[row.prompt]
-            if prompt and prompt[-1] == self.eos and not row.prompt.endswith(self.tokenizer.eos_token):
-                prompt = prompt[:-1]  # some tokenizers close every text
             sides = [next(completions) for _ in row.completions]
             self.control_texts += not all(map(self.control.isdisjoint, sides))
-            yield prompt, [[*side, self.eos] if side else side for side in sides]
-
-    def _ids(self, texts: list[str], **options) -> list[list[int]]:
-        return self.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+            yield prompt_ids[row.prompt], [[*side, self.eos] if side else side for side in sides]
 
     def warn(self) -> None:
-        """What no row is refused for, but somebody should know."""
+        """Log what is worth knowing but no reason to refuse a row."""
         if self.control_texts:
             logger.warning(
-                "%d completions hold special tokens as text, which the tokenizer reads as those tokens; in chat "
-                "messages they would stay text", self.control_texts,
-            )  # fmt: skip
-        if self._chat and self._chat.left_out:
-            lost = ", ".join(f"{what} in {count} rows" for what, count in sorted(self._chat.left_out.items()))
-            logger.warning("the chat template leaves out or changes %s", lost)
+                "%d completions contain special tokens as text, and the tokenizer reads them as special tokens; in chat "
+                "messages they would stay text",
+                self.control_texts,
+            )
+        if self._chat:
+            self._chat.warn()
 
 
 def tokenize_rows(
@@ -114,9 +103,10 @@ def tokenize_rows(
     Args:
         tokenizer: a Hugging Face tokenizer with an EOS token; for chats with a chat template.
         max_length: tokens of prompt and completion together, >= 2.
-        max_prompt_length: what a prompt keeps, from its end, in a row that is too long; None for half of max_length.
+        max_prompt_length: tokens that a prompt keeps, from its end, in a row that is too long; None for half of
+            max_length.
         on_bad_row: as in `read_rows`.
-        progress: show a bar, if the rows are many.
+        progress: show a bar if there are many rows.
 
     Raises:
         FeedbackError: a prompt or completion has no token, the chat template refuses a row, or truncation leaves no
@@ -130,8 +120,8 @@ def tokenize_rows(
     paired = len(rows) > 0 and len(rows[0].completions) == 2
     if any((len(row.completions) == 2) is not paired for row in rows):
         raise ValueError("rows are pairs or single completions, not both: unpair(rows) makes them one kind")
-    complaints = Complaints(on_bad_row)
-    encoder = _Encoder(tokenizer, complaints)
+    bad_rows = BadRows(on_bad_row)
+    encoder = _Encoder(tokenizer, bad_rows)
     examples: list[Example] = []
     prompts_cut = completions_cut = 0
     for block in _blocks(rows, progress):
@@ -139,17 +129,17 @@ def tokenize_rows(
             whole = len(prompt), sum(map(len, sides))
             prompt, sides = fit(prompt, sides, max_length, keep_prompt)
             if not all(sides):
-                complaints.add(row.where, f"no completion left after truncation to {max_length} tokens")
+                bad_rows.add(row.where, f"no completion left after truncation to {max_length} tokens")
                 continue
             prompts_cut += len(prompt) < whole[0]
             completions_cut += sum(map(len, sides)) < whole[1]
             for side, label in zip(sides, (row.label, False), strict=False):
                 ids = np.array([*prompt, *side], dtype=np.int32)
                 examples.append(Example(ids, len(prompt), label, row.weight, row.score))
-    complaints.settle(len(examples))
+    bad_rows.settle(len(examples))
     report = {
         "rows": len(examples) // (1 + paired),
-        "skipped": complaints.count,
+        "skipped": bad_rows.count,
         "prompts_cut": prompts_cut,
         "completions_cut": completions_cut,
     }
@@ -163,7 +153,7 @@ def tokenize_rows(
 
 
 def _blocks(rows: Sequence[FeedbackRow], progress: bool) -> Iterator[Sequence[FeedbackRow]]:
-    from tqdm.auto import tqdm  # with transformers, which made the tokenizer
+    from tqdm.auto import tqdm  # comes with transformers, as the tokenizer does
 
     with tqdm(total=len(rows), desc="tokenize", unit="row", disable=not progress or len(rows) < _PROGRESS_ROWS) as bar:
         for first in range(0, len(rows), BLOCK_ROWS):

@@ -1,11 +1,9 @@
-"""Completions of a prompts file, written as AlpacaEval, Arena-Hard and plain JSONL publish them.
+"""Completions of prompts, written in the formats that AlpacaEval, Arena-Hard and plain JSONL use.
 
 alpaca_eval   a JSON list of {"instruction", "output", "generator", "dataset"}
 arena_hard    JSONL of {"question_id", "answer_id", "model_id", "choices": [{"index", "turns": [{"content",
               "token_len"}]}], "tstamp"}, for the questions of its question.jsonl
-jsonl         {"prompt", "completion"} and the further columns of the prompts file
-
-Batches are padded on the left and hold prompts of like length.
+jsonl         {"prompt", "completion"} and the further columns of the prompts
 """
 
 from __future__ import annotations
@@ -15,19 +13,38 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from ..data.prompts import GenerationError, Prompt
+from ..data.chat import Message
+from ..data.prompts import id_of, is_chat, prompt_ids, read_prompts
+from ..data.tokenizer import pad_or_eos, positions
 from ..files import atomic_text
 from ..models.sampling import draw
 
 logger = logging.getLogger("bco_fast")
 
 FORMATS = ("alpaca_eval", "arena_hard", "jsonl")
+ANSWERS = (
+    "completion",
+    "output",
+    "chosen",
+    "rejected",
+    "label",
+    "score",
+    "weight",
+    "generator",
+    "instruction",
+    "turns",
+)
+"""Columns about an earlier completion, or other names of the prompt; they are not copied to a new completion."""
+
+
+class GenerationError(ValueError):
+    """Options that cannot be generated with, or prompts that a format cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +53,11 @@ class Completion:
     tokens: int
     """Without the EOS."""
     ended: bool
-    """Whether the model ended it; False where max_new_tokens did."""
+    """Whether the model ended it; False if max_new_tokens did."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
-
     temperature: float = 0.7
     """0 for greedy decoding."""
     top_p: float = 0.95
@@ -60,36 +75,28 @@ class Sampling:
                 raise GenerationError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+Prompts = Iterable[str | Sequence[Message] | Mapping]
+"""As `read_prompts` takes them."""
+
+
 def encode_prompts(
-    tokenizer, prompts: Sequence[str], *, chat: Literal["auto", "on", "off"] = "auto", max_length: int | None = None
+    tokenizer, prompts: Prompts, *, chat: Literal["auto", "on", "off"] = "auto", max_length: int | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, as a user's turn where a chat template is used, else as the tokenizer begins a text.
+    """Token ids of prompts; with a chat template, a text is a user's turn.
 
     Args:
         chat: "auto" uses the chat template if the tokenizer has one.
-        max_length: what is longer loses its beginning; how many did is logged.
+        max_length: longer prompts lose their beginning; their number is logged.
 
     Raises:
-        GenerationError: chat="on" without a template, or a prompt without tokens.
+        GenerationError: chat="on" without a template. FeedbackError: a prompt without tokens, or of a wrong form.
     """
     if chat == "on" and not tokenizer.chat_template:
         raise GenerationError("chat=on, but the tokenizer has no chat template")
-    if chat != "off" and tokenizer.chat_template:
-        encoded = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            for prompt in prompts
-        ]
-    else:
-        encoded = tokenizer(list(prompts))["input_ids"]
-        eos = tokenizer.eos_token_id
-        for i, (ids, prompt) in enumerate(zip(encoded, prompts, strict=True)):
-            if ids and ids[-1] == eos and eos is not None and not prompt.endswith(tokenizer.eos_token):
-                encoded[i] = ids[:-1]  # some tokenizers close every text
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise GenerationError(f"prompt {i} ({prompts[i][:60]!r}) has no tokens")
+    rows = read_prompts(prompts)
+    if chat != "off" and tokenizer.chat_template and not is_chat(rows[0]["prompt"]):
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    encoded = prompt_ids(rows, tokenizer)
     cut = 0 if max_length is None else sum(len(ids) > max_length for ids in encoded)
     if cut:
         logger.warning("%d of %d prompts lost their beginning, down to %d tokens", cut, len(encoded), max_length)
@@ -100,58 +107,55 @@ def encode_prompts(
 def generate(
     model: nn.Module,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Prompts,
     sampling: Sampling | None = None,
     *,
     chat: Literal["auto", "on", "off"] = "auto",
     progress: bool = False,
 ) -> list[Completion]:
-    """One completion for each prompt. The same prompts, sampling and machine give the same completions; the global
-    random state is left as it was.
+    """One completion for each prompt. The same prompts, sampling and machine give the same completions; the global random
+    state does not change.
 
-    Nothing but `sampling` shapes the distribution: top-k and penalties of the checkpoint's generation config are off,
-    its EOS tokens count.
+    Only `sampling` shapes the distribution: top-k and penalties of the checkpoint's generation config are off; its EOS
+    tokens count.
 
     Raises:
-        GenerationError: of `encode_prompts`; max_new_tokens leaves no position for a prompt; the model has no EOS.
+        GenerationError: as `encode_prompts`; max_new_tokens leaves no position for a prompt; the model has no EOS.
     """
     sampling = sampling or Sampling()
     ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and sampling.max_new_tokens >= positions:
-        raise GenerationError(f"max_new_tokens is {sampling.max_new_tokens}, but the model has {positions} positions")
-    encoded = encode_prompts(
-        tokenizer, prompts, chat=chat, max_length=positions - sampling.max_new_tokens if positions else None
-    )
-    options = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": ends, "pad_token_id": pad}
-    options |= {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
+    pad, limit = pad_or_eos(tokenizer), positions(model)
+    if limit and sampling.max_new_tokens >= limit:
+        raise GenerationError(f"max_new_tokens is {sampling.max_new_tokens}, but the model has {limit} positions")
+    room = limit - sampling.max_new_tokens if limit else None
+    encoded = encode_prompts(tokenizer, prompts, chat=chat, max_length=room)
+    options = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if pad is None else pad,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "use_cache": True,
+    }
     if sampling.temperature > 0:
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         options |= {"min_p": 0.0, "typical_p": 1.0}
-    else:
-        options |= {
-            "do_sample": False,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 50,
-        }  # unused; the defaults warn least
+    else:  # the last three are unused; these values cause the fewest warnings
+        options |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    drawn = draw(
-        model, encoded, order, options, batch_size=sampling.batch_size, seed=sampling.seed, progress=progress
-    )  # fmt: skip
-    return [_completion(tokenizer, ids, set(ends)) for ids in drawn]
+    batches = {"batch_size": sampling.batch_size, "seed": sampling.seed, "progress": progress}
+    return [_completion(tokenizer, ids, set(ends)) for ids in draw(model, encoded, order, options, **batches)]
 
 
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation config: chat models end a turn with a token of its own."""
+    """The tokenizer's EOS and those of the model's generation config: chat models often end a turn with another token."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None:
-        ends = [tokenizer.eos_token_id, *ends]
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
     if not ends:
         raise GenerationError("neither tokenizer nor model has an EOS token, so no completion would end")
-    return list(dict.fromkeys(ends))
+    return ends
 
 
 def _completion(tokenizer, ids: list[int], ends: set[int]) -> Completion:
@@ -162,7 +166,7 @@ def _completion(tokenizer, ids: list[int], ends: set[int]) -> Completion:
 
 def write_completions(
     path: str | os.PathLike,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Mapping],
     completions: Sequence[Completion],
     form: str,
     *,
@@ -170,58 +174,56 @@ def write_completions(
     dataset: str = "",
     now: float | None = None,
 ) -> None:
-    """Write a file of one of `FORMATS`, whole or not at all.
+    """Write a file in one of `FORMATS`; it appears only when it is complete.
 
     Args:
+        prompts: rows of `read_prompts`.
         generator: the model's name: `generator` and `model_id` of the formats.
         dataset: AlpacaEval's `dataset` for prompts that name none.
         now: seconds since 1970, Arena-Hard's `tstamp`; None for the clock.
 
     Raises:
-        GenerationError: an unknown format, or for arena_hard a question without its own question_id.
+        GenerationError: an unknown format; a question without its own question_id for arena_hard, a chat for alpaca_eval.
     """
     check_format(prompts, form)
-    pairs = list(zip(prompts, completions, strict=True))
+    now = time.time() if now is None else now
+
+    def row(prompt: Mapping, completion: Completion) -> dict:
+        if form == "arena_hard":
+            return _arena_hard(id_of(prompt), completion, generator, now)
+        if form == "alpaca_eval":
+            own = {"generator": generator, "dataset": prompt.get("dataset", dataset)}
+            return {"instruction": prompt["prompt"], "output": completion.text, **own}
+        columns = {name: value for name, value in prompt.items() if name not in ("prompt", *ANSWERS)}
+        return {"prompt": prompt["prompt"], "completion": completion.text, **columns}
+
+    rows = [row(*pair) for pair in zip(prompts, completions, strict=True)]
     with atomic_text(path) as file:
         if form == "alpaca_eval":
-            rows = [
-                {
-                    "instruction": prompt.text,
-                    "output": completion.text,
-                    "generator": generator,
-                    "dataset": prompt.columns.get("dataset", dataset),
-                }
-                for prompt, completion in pairs
-            ]
             file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-            return
-        now = time.time() if now is None else now
-        for prompt, completion in pairs:
-            if form == "arena_hard":
-                row = _arena_hard(prompt, completion, generator, now)
-            else:
-                row = {"prompt": prompt.text, "completion": completion.text, **prompt.columns}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def check_format(prompts: Sequence[Prompt], form: str) -> None:
+def check_format(prompts: Sequence[Mapping], form: str) -> None:
     """Whether completions of these prompts can be written so; see `write_completions`."""
     if form not in FORMATS:
         raise GenerationError(f"format must be one of {', '.join(FORMATS)}, not {form!r}")
-    if form == "arena_hard":
-        seen = set()
-        for i, prompt in enumerate(prompts):
-            if prompt.id is None or prompt.id in seen:
-                flaw = "has no question_id" if prompt.id is None else f"has the question_id {prompt.id!r} of another"
-                raise GenerationError(f"prompt {i} ({prompt.text[:60]!r}) {flaw}; arena_hard needs one for each")
-            seen.add(prompt.id)
+    if form == "alpaca_eval" and prompts and is_chat(prompts[0]["prompt"]):
+        raise GenerationError("alpaca_eval holds instructions as text, not chat messages")
+    seen = set()
+    for i, prompt in enumerate(prompts if form == "arena_hard" else ()):
+        if (known := id_of(prompt)) is None or known in seen:
+            problem = "has no question_id" if known is None else f"has the question_id {known!r} of another"
+            raise GenerationError(f"prompt {i} ({prompt['prompt'][:60]!r}) {problem}; arena_hard needs one for each")
+        seen.add(known)
 
 
-def _arena_hard(prompt: Prompt, completion: Completion, generator: str, now: float) -> dict:
+def _arena_hard(question: str | int, completion: Completion, generator: str, now: float) -> dict:
     # the published answer_id is random; this one is the same for the same answer
-    identity = json.dumps([prompt.id, generator, completion.text]).encode()
+    identity = json.dumps([question, generator, completion.text]).encode()
     return {
-        "question_id": prompt.id,
+        "question_id": question,
         "answer_id": hashlib.blake2b(identity, digest_size=11).hexdigest(),
         "model_id": generator,
         "choices": [{"index": 0, "turns": [{"content": completion.text, "token_len": completion.tokens}]}],

@@ -1,26 +1,24 @@
 """Two files of completions compared by a reward: win rate with its interval, and the lengths that may explain it.
 
-A prompt's completion in A wins against the one in B if its reward is higher; equal rewards are half a win (BCO, arXiv
-2404.04656, Table 2; BNF, arXiv 2410.04834, Table 5, with a reward in place of GPT-4). Files are AlpacaEval's,
-Arena-Hard's or JSONL, in any combination. They are matched by question_id where both have one, else by the prompt; the
-k-th completion of a prompt meets the k-th.
+The completion of a prompt in A wins against the one in B if its reward is higher; equal rewards are half a win (BCO, arXiv
+2404.04656, Table 2; BNF, arXiv 2410.04834, Table 5, with a reward in place of GPT-4). Files are AlpacaEval's, Arena-Hard's
+or JSONL, in any combination. Completions are matched by question_id if all have one, else by the prompt; the k-th
+completion of a prompt meets the k-th.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..data.prompts import id_of, prompt_of, read_json_records
+from ..data.prompts import Prompt, id_of, is_chat, prompt_of
+from ..data.sources import RowError, as_record, open_source, shortened
 from ..online.rewards import Reward, RewardError, score
-
-logger = logging.getLogger("bco_fast")
 
 RESAMPLES = 10_000
 OWN = ("prompt", "instruction", "turns", "completion", "output", "choices", "messages")
@@ -34,7 +32,7 @@ class JudgeError(ValueError):
 @dataclass(frozen=True)
 class Answer:
     completion: str
-    prompt: str | None
+    prompt: Prompt | None
     id: str | int | None
     where: str
     columns: dict = field(default_factory=dict)
@@ -42,78 +40,88 @@ class Answer:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Means over the compared completions."""
+    """Means over the compared completions; tokens is None without a tokenizer."""
 
     characters: float
     words: float
     tokens: float | None
-    """None without a tokenizer."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A against B."""
+    """A against B.
+
+    Attributes:
+        compared: pairs of completions, of `prompts` prompts.
+        only_in_a, only_in_b: completions without a counterpart; they are not counted.
+        win_rate: (wins + ties / 2) / compared; `low` and `high` are its 95 % percentile bootstrap over prompts.
+        reward_a, reward_b: means.
+        length_unit: of the correlation: tokens, or words without a tokenizer.
+        length_correlation: Pearson's r between the win (1, 1/2, 0) and length of A minus length of B; None if either is
+            constant.
+        win_rate_when_longer, win_rate_when_shorter: over the pairs in which A's completion is longer or shorter; None
+            without such a pair.
+    """
 
     compared: int
-    """Pairs of completions."""
     prompts: int
     only_in_a: int
     only_in_b: int
-    """Completions without a counterpart; they count nowhere."""
     wins: int
     ties: int
     losses: int
     win_rate: float
-    """(wins + ties / 2) / compared."""
     low: float
     high: float
-    """Percentile bootstrap over prompts, 95 %."""
     reward_a: float
     reward_b: float
-    """Means."""
     lengths_a: Lengths
     lengths_b: Lengths
     length_unit: str
-    """What the correlation is measured in: tokens, or words without a tokenizer."""
     length_correlation: float | None
-    """Pearson's r between the win (1, 1/2, 0) and length of A minus length of B; None if either is constant."""
     win_rate_when_longer: float | None
     win_rate_when_shorter: float | None
-    """Over the pairs where A's completion is the longer or the shorter one; None if there are none."""
     seed: int
     resamples: int
 
 
 def read_answers(path: str | os.PathLike) -> list[Answer]:
-    """Completions of an AlpacaEval, Arena-Hard or JSONL file; the columns say which.
+    """Completions of an AlpacaEval, Arena-Hard or JSONL file; its columns tell which.
 
     Raises:
-        GenerationError: the file cannot be read; JudgeError: a record without a completion.
+        FeedbackError: the file cannot be read. JudgeError: a record without a completion, or no record.
     """
     answers = []
-    for where, record in read_json_records(path):
-        completion = _completion_of(where, record)
-        columns = {name: value for name, value in record.items() if name not in OWN}
-        answers.append(Answer(completion, prompt_of(where, record), id_of(record), where, columns))
+    for where, record in open_source(path).records:
+        try:
+            record = as_record(record)
+            columns = {name: value for name, value in record.items() if name not in OWN}
+            answers.append(Answer(_completion_of(record), prompt_of(record)[1], id_of(record), where, columns))
+        except RowError as error:
+            raise JudgeError(f"{where}: {error}") from None
+    if not answers:
+        raise JudgeError(f"{path}: no record")
     return answers
 
 
-def _completion_of(where: str, record: dict) -> str:
+def _completion_of(record: Mapping) -> str:
     if "choices" in record:
         try:
             turns = record["choices"][0]["turns"]
             completion = turns[0]["content"] if isinstance(turns[0], dict) else turns[0]
         except (LookupError, TypeError):
-            raise JudgeError(f"{where}: choices must be [{{index, turns: [{{content}}]}}]") from None
+            raise RowError("choices must be [{index, turns: [{content}]}]") from None
         if len(record["choices"]) != 1 or len(turns) != 1:
-            raise JudgeError(f"{where}: {len(record['choices'])} choices of {len(turns)} turns; one of one is compared")
+            raise RowError(
+                f"{len(record['choices'])} choices of {len(turns)} turns; one choice of one turn is compared"
+            )
     else:
         name = next((name for name in ("completion", "output") if name in record), None)
         if name is None:
-            raise JudgeError(f"{where}: none of completion, output, choices (found: {', '.join(record) or 'none'})")
+            raise RowError(f"none of completion, output, choices (found: {shortened(record)})")
         completion = record[name]
     if not isinstance(completion, str):
-        raise JudgeError(f"{where}: the completion must be a string, not {type(completion).__name__}")
+        raise RowError(f"the completion must be a string, not {type(completion).__name__}")
     return completion
 
 
@@ -124,35 +132,27 @@ def match(a: Sequence[Answer], b: Sequence[Answer], prompts: dict | None = None)
         prompts: question_id -> prompt, for files that do not hold them (Arena-Hard's).
 
     Raises:
-        JudgeError: the files share neither ids nor prompts, or the prompt of a pair is nowhere.
+        JudgeError: the files share neither ids nor prompts, or a prompt is unknown.
     """
     prompts = prompts or {}
 
-    def text(answer: Answer) -> str | None:
-        return answer.prompt if answer.prompt is not None else prompts.get(answer.id)
+    def text(*answers: Answer) -> str:
+        texts = (prompts.get(answer.id) if answer.prompt is None else answer.prompt for answer in answers)
+        found = next((text for text in texts if text is not None), None)
+        if found is None:
+            raise JudgeError(f"{answers[0].where} has no prompt; --prompts FILE gives the prompts of question_ids")
+        if is_chat(found):
+            raise JudgeError(f"{answers[0].where}: the prompt must be text, not chat messages")
+        return found
 
-    if all(answer.id is not None for answer in (*a, *b)):
-
-        def key(answer: Answer):
-            return answer.id
-    else:
-        key = text
-        missing = next((answer for answer in (*a, *b) if text(answer) is None), None)
-        if missing is not None:
-            raise JudgeError(f"{missing.where} has no prompt; --prompts FILE gives the prompts of question_ids")
+    key = (lambda answer: answer.id) if all(answer.id is not None for answer in (*a, *b)) else text
     waiting = defaultdict(list)
     for answer in reversed(b):
         waiting[key(answer)].append(answer)
     pairs = [(answer, waiting[key(answer)].pop()) for answer in a if waiting.get(key(answer))]
     if not pairs:
         raise JudgeError("the two files have no prompt in common")
-    matched = []
-    for ours, theirs in pairs:
-        prompt = text(ours) if text(ours) is not None else text(theirs)
-        if prompt is None:
-            raise JudgeError(f"{ours.where} has no prompt; --prompts FILE gives the prompts of question_ids")
-        matched.append((prompt, ours, theirs))
-    return matched
+    return [(text(*pair), *pair) for pair in pairs]
 
 
 def win_rate_interval(
@@ -162,7 +162,7 @@ def win_rate_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap, 95 %, of the mean win. Prompts are drawn with replacement, each with all of its pairs."""
+    """95 % percentile bootstrap of the mean win. Prompts are drawn with replacement, each with all its pairs."""
     numbers: dict = {}
     index = [numbers.setdefault(group, len(numbers)) for group in groups]
     total, count = np.bincount(index, weights=wins), np.bincount(index)
@@ -204,7 +204,7 @@ def judge(
     texts = [prompt for prompt, _, _ in matched]
     sides = [ours for _, ours, _ in matched], [theirs for _, _, theirs in matched]
     rewards = [np.array(_score(reward, texts, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)]
-    wins = np.where(rewards[0] > rewards[1], 1.0, np.where(rewards[0] == rewards[1], 0.5, 0.0))
+    wins = (np.sign(rewards[0] - rewards[1]) + 1) / 2
     low, high = win_rate_interval(wins, texts, resamples=resamples, seed=seed)
     sizes = [_sizes([answer.completion for answer in answers], count_tokens) for answers in sides]
     unit = "tokens" if count_tokens is not None else "words"
@@ -245,19 +245,16 @@ def _score(reward: Reward, prompts: list[str], answers: list[Answer], side: str)
 
 def _sizes(completions: list[str], count_tokens: Callable[[str], int] | None) -> dict[str, np.ndarray]:
     measures = {"characters": len, "words": lambda text: len(text.split())}
-    if count_tokens is not None:
-        measures["tokens"] = count_tokens
+    measures |= {} if count_tokens is None else {"tokens": count_tokens}
     return {name: np.array([measure(text) for text in completions], dtype=float) for name, measure in measures.items()}
 
 
 def _means(sizes: dict[str, np.ndarray]) -> Lengths:
-    return Lengths(
-        **{name: _mean(sizes[name]) if name in sizes else None for name in ("characters", "words", "tokens")}
-    )
+    return Lengths(**{name: _mean(sizes.get(name, [])) for name in ("characters", "words", "tokens")})
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
+    return float(np.mean(values)) if len(values) else None
 
 
 def _correlation(wins: np.ndarray, difference: np.ndarray) -> float | None:
@@ -279,20 +276,17 @@ def describe(verdict: Verdict, names: tuple[str, str] = ("A", "B")) -> str:
     """The verdict as a table, and one line about length."""
     v = verdict
     a, b = v.lengths_a, v.lengths_b
+    means = {"tokens": (a.tokens, b.tokens), "words": (a.words, b.words), "characters": (a.characters, b.characters)}
     rows = [
         ("", *names),
         ("wins", f"{v.wins}", f"{v.losses}"),
         ("win rate, ties half", f"{v.win_rate:.1%}", f"{1 - v.win_rate:.1%}"),
         ("  95 % interval", f"{v.low:.1%} - {v.high:.1%}", f"{1 - v.high:.1%} - {1 - v.low:.1%}"),
         ("mean reward", f"{v.reward_a:.4g}", f"{v.reward_b:.4g}"),
-        *([] if a.tokens is None else [("mean tokens", f"{a.tokens:.1f}", f"{b.tokens:.1f}")]),
-        ("mean words", f"{a.words:.1f}", f"{b.words:.1f}"),
-        ("mean characters", f"{a.characters:.1f}", f"{b.characters:.1f}"),
+        *((f"mean {unit}", f"{x:.1f}", f"{y:.1f}") for unit, (x, y) in means.items() if x is not None),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"{label.ljust(widths[0])}  {x.rjust(widths[1])}  {y.rjust(widths[2])}" for label, x, y in rows
-    ]  # fmt: skip
+    lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     lines.append(
         f"{v.compared} pairs of {v.prompts} prompts, {v.ties} ties; interval: {v.resamples} resamples of prompts"
     )
@@ -301,12 +295,10 @@ def describe(verdict: Verdict, names: tuple[str, str] = ("A", "B")) -> str:
 
 def _length_note(v: Verdict) -> str:
     if v.length_correlation is None:
-        return "length: wins or lengths do not vary, so they are not correlated"
-
-    def rate(value: float | None) -> str:
-        return "no such pair" if value is None else f"{value:.1%}"
-
+        return "length: wins or lengths do not vary, so there is no correlation"
+    rates = (v.win_rate_when_longer, v.win_rate_when_shorter)
+    longer, shorter = ("no such pair" if rate is None else f"{rate:.1%}" for rate in rates)
     return (
         f"length: win and difference in {v.length_unit} correlate with r = {v.length_correlation:+.2f}; win rate where A is "
-        f"longer {rate(v.win_rate_when_longer)}, where it is shorter {rate(v.win_rate_when_shorter)}"
+        f"longer {longer}, where it is shorter {shorter}"
     )

@@ -1,7 +1,7 @@
-"""What a person wants to see of runs: one self-contained HTML page, and its plots as PNG files beside it.
+"""Runs on one self-contained HTML page, with its plots as PNG files beside it.
 
-Reads trainer_state.json (of the run's folder or of its newest checkpoint, so a run that is still training too), run.json
-and held_out.jsonl (`run_record`); what a run lacks is left out and said so.
+Reads trainer_state.json (of the run's folder, or of its newest checkpoint while it is still training), run.json and
+held_out.jsonl; the page says what is left out because a run lacks it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike
 
     Args:
         folders: of runs, at least one.
-        output: the page; None for report.html in the run's folder, or with several runs in the current one. Plots are
+        output: the page; None for report.html, in the run's folder or, for several runs, in the current one. Plots are
             written beside it as STEM-RUN-PLOT.png.
 
     Returns:
-        output, runs, images (paths) and left_out (run -> what is missing and why).
+        output, runs, images (paths) and left_out (run -> notes on what is missing and why).
 
     Raises:
         ReportError: a folder is not a run, or the page cannot be written.
@@ -68,14 +68,15 @@ def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike
 
 
 def _tell_apart(runs: list[Run]) -> None:
-    """Runs whose folders have one name get the folder above put before it, and a number if that is not enough."""
-    for named in ("parent", "number"):
+    """Runs whose folders have the same name get the parent's name as a prefix, then a number if that is not enough."""
+    for rename in (
+        lambda run, i: f"{run.folder.resolve().parent.name}/{run.name}",
+        lambda run, i: f"{run.name} ({i + 1})",
+    ):
         names = [run.name for run in runs]
         for i, run in enumerate(runs):
             if names.count(names[i]) > 1:
-                run.name = (
-                    f"{run.folder.resolve().parent.name}/{names[i]}" if named == "parent" else f"{names[i]} ({i + 1})"
-                )
+                run.name = rename(run, i)
 
 
 def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
@@ -86,14 +87,10 @@ def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
     slugs: set[str] = set()
     for run in runs:
         slug = _slug(run.name, slugs)
-        shown = []
-        for name, (plot, alt) in PLOTS.items():
-            figure = plot(run)
-            if figure is not None:
-                shown.append(_image(figure, output, slug, name, f"{run.name}: {alt}", images))
-        notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in run.left_out)
-        if not shown:
-            notes += '<p class="note">Nothing was logged yet.</p>'
+        figures = {name: (plot(run), f"{run.name}: {alt}") for name, (plot, alt) in PLOTS.items()}
+        shown = [_image(f, output, slug, name, alt, images) for name, (f, alt) in figures.items() if f is not None]
+        notes = [*run.left_out, *([] if shown else ["Nothing was logged yet."])]
+        notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
         parts.append(f'<h2>{html.escape(run.name)}</h2>{notes}<div class="plots">{"".join(shown)}</div>{_options(run)}')
     title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     return (
@@ -158,17 +155,12 @@ def _of(run: Run) -> str:
 
 
 def _options(run: Run) -> str:
-    options = run.record.get("options")
+    options, versions = run.record.get("options"), run.record.get("versions")
     if not isinstance(options, dict) or not options:
         return ""
-    shown = {"model": run.record.get("model"), **options, **{f"{k} (version)": v for k, v in _versions(run).items()}}
+    versions = {f"{name} (version)": v for name, v in versions.items()} if isinstance(versions, dict) else {}
     rows = "".join(
         f'<tr><td>{html.escape(str(name))}</td><td class="text">{html.escape(str(value))}</td></tr>'
-        for name, value in shown.items()
+        for name, value in {"model": run.record.get("model"), **options, **versions}.items()
     )
     return f"<details><summary>Options and versions</summary><table>{rows}</table></details>"
-
-
-def _versions(run: Run) -> dict:
-    versions = run.record.get("versions")
-    return versions if isinstance(versions, dict) else {}

@@ -1,4 +1,4 @@
-"""A run as its folder shows it, finished or still training."""
+"""Reading the folder of a run, finished or still training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ReportError(ValueError):
 
 @dataclass
 class Run:
-    """What is left of a run."""
+    """The log, record and held-out rows of a run."""
 
     folder: Path
     name: str
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def nats(self) -> float | None:
-        """What a reward is multiplied by to be a log-ratio to the reference in nats; None where it is none."""
+        """The factor from rewards to log-ratios to the reference, in nats; None without a reference."""
         if not self.record.get("reference"):
             return None
         beta = self.record.get("beta")
@@ -62,7 +62,7 @@ def is_finite(value) -> bool:
 
 
 def load_run(folder: str | os.PathLike) -> Run:
-    """A run from its folder, finished or not; a checkpoint's own folder will do.
+    """A run from its folder, finished or not, or from the folder of one checkpoint.
 
     Raises:
         ReportError: there is no such folder, or no log in it.
@@ -105,9 +105,8 @@ def _read_rows(run: Run, path: Path) -> None:
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                rows.append((bool(row["label"]), float(row["reward"]), float(row["logp"]), float(row["tokens"])))
+            for row in map(json.loads, file):
+                rows.append([float(row[name]) for name in ("label", "reward", "logp", "tokens")])
                 run.rows_step = int(row["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         run.left_out.append(f"held_out.jsonl cannot be read (line {len(rows) + 1}): its plots are left out.")

@@ -5,13 +5,13 @@ For each completion token, policy minus reference of
 
     logp         log p(token), nats
     logit        the token's own logit
-    mean_logit   the mean of the logits over the vocabulary; it moves no probability, so training is free to let it drift
+    mean_logit   the mean of the logits over the vocabulary; it changes no probability, so it may drift in training
 
-A Gini coefficient of |shift| near 1 says that few tokens took most of the change, near 0 that all took an equal part.
+A Gini coefficient of |shift| near 1 means that few tokens took most of the change, near 0 that all took an equal part.
 
-This is the one place of bco_fast where logits are materialised, because their mean over the vocabulary is asked for: one
-batch of `tokens_per_batch` positions at a time in the model's dtype, of which `ROWS` positions at a time in float32. Only
-three numbers a token are kept, and the two models need not be in memory together.
+Only this module of bco_fast stores logits, because it needs their mean over the vocabulary: one batch of `tokens_per_batch`
+positions at a time in the model's dtype, and `ROWS` positions of it at a time in float32. Three numbers are kept for each
+token, and the two models need not be in memory together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import nn
 
 from ..data.batch import collate
 from ..data.dataset import Example, Item
+from ..data.samplers import token_batches
 from ..files import atomic_path, atomic_text
 
 SERIES = {"logp": "log-likelihood", "logit": "logit of the token", "mean_logit": "mean logit"}
@@ -37,12 +38,12 @@ ROWS = 256
 
 
 class ShiftError(ValueError):
-    """Models or values that cannot be compared; names what and why."""
+    """Models or values that cannot be compared."""
 
 
 @dataclass(frozen=True)
 class TokenValues:
-    """What one model says of the completion tokens of a dataset, in its order; [tokens] float64."""
+    """One model's values of a dataset's completion tokens, in order; [tokens] float64 each."""
 
     logp: np.ndarray
     logit: np.ndarray
@@ -61,9 +62,9 @@ def token_values(
     """Run a causal language model over the examples.
 
     Args:
-        vocabulary: the first so many logits make the mean; None for all. Checkpoints pad their vocabulary with tokens
-            that nobody trained, and `len(tokenizer)` leaves those out.
-        tokens_per_batch: padded positions of a batch; a longer example makes a batch of its own.
+        vocabulary: number of leading logits in the mean; None for all. Checkpoints pad their vocabulary with untrained
+            tokens; `len(tokenizer)` leaves those out.
+        tokens_per_batch: padded positions of a batch; a longer example is a batch by itself.
 
     Raises:
         ShiftError: a value is not finite; names the example.
@@ -75,12 +76,14 @@ def token_values(
     training = model.training
     model.eval()
     try:
-        for chosen in _batches(examples, tokens_per_batch):
+        lengths = list(map(len, examples))
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])  # longest first: a lack of memory shows at once
+        for chosen in token_batches(lengths, order, tokens_per_batch):
             batch = collate([Item(examples[i]) for i in chosen], pad_token_id)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits  # [B, T, V]
             logits = logits.flatten(0, 1)
-            cuts = batch["cu_completions"][1:-1]
+            cuts = batch["cu_completions"][1:-1].long()
             parts = zip(chosen, batch["rows"].tensor_split(cuts), batch["targets"].tensor_split(cuts), strict=True)
             for i, rows, targets in parts:
                 values[i] = _completion_values(logits, rows, targets, vocabulary)
@@ -101,29 +104,17 @@ def _completion_values(logits, rows, targets, vocabulary: int | None) -> np.ndar
     return torch.cat(parts, dim=1).numpy()
 
 
-def _batches(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of like lengths, longest first: what does not fit in memory fails at once."""
-    batch: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i])):
-        if batch and (len(batch) + 1) * len(examples[batch[0]]) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def gini(values: np.ndarray) -> float:
     """Gini coefficient of values >= 0: Σᵢ (2i - n - 1) x₍ᵢ₎ / (n Σ x), x sorted, i from 1.
 
-    0 if all are equal, (n - 1) / n if one has everything; NaN without values or if all are 0.
+    0 if all are equal, (n - 1) / n if one holds everything; NaN without values or if all are 0.
 
     Raises:
         ValueError: a value is negative or not finite.
     """
     x = np.sort(np.asarray(values, dtype=np.float64))
     if len(x) and not (x[0] >= 0 and np.isfinite(x[-1])):
-        raise ValueError("a Gini coefficient is of finite values >= 0")
+        raise ValueError("a Gini coefficient needs finite values >= 0")
     if not len(x) or x[-1] == 0:
         return math.nan
     x = x / x[-1]  # the sum of large values stays finite
@@ -136,13 +127,13 @@ def compare(policy: TokenValues, reference: TokenValues, labels: np.ndarray, *, 
 
     Args:
         labels: [tokens] bool, True for tokens of a thumbs up.
-        bins: of the histograms, between the 0.5 and 99.5 % quantile of all tokens; the outer ones also hold what lies
+        bins: of the histograms, between the 0.5 and 99.5 % quantile of all tokens; the outer bins include the values
             beyond.
 
     Returns:
         {"tokens": {up, down, all}, "shifts": {series: {"up", "down", "all": {"mean", "std", "mean_absolute", "gini",
-        "quantiles": {"1" ... "99"}, "histogram": counts}, "edges"}}}. A class without tokens is None, a Gini
-        coefficient of no shift at all too.
+        "quantiles": {"1" ... "99"}, "histogram": counts}, "edges"}}}. A class without tokens is None, and
+        so is the Gini coefficient if nothing shifted.
     """
     labels = np.asarray(labels, dtype=bool)
     classes = {"up": labels, "down": ~labels, "all": np.ones(len(labels), dtype=bool)}
@@ -176,22 +167,19 @@ def _summary(shift: np.ndarray, edges: np.ndarray) -> dict | None:
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> None:
-    """shifts.json and shifts.png in `output_dir`, each whole or not at all."""
-    folder = Path(output_dir)
-    with atomic_path(folder / "shifts.png") as partial:
+    """shifts.json and shifts.png in `output_dir`; each appears only when it is complete."""
+    with atomic_path(Path(output_dir, "shifts.png")) as partial:
         plot(report, partial)
-    with atomic_text(folder / "shifts.json") as file:
+    with atomic_text(Path(output_dir, "shifts.json")) as file:
         file.write(json.dumps(report, indent=1) + "\n")
 
 
 def plot(report: dict, path: str | os.PathLike) -> None:
     """Histograms of the shifts by class, as shares of the class's tokens; PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(SERIES), figsize=(4.6 * len(SERIES), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(SERIES), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(SERIES))
     for axes, (series, title) in zip(panels, SERIES.items(), strict=True):
         part = report["shifts"][series]
         edges = np.array(part["edges"])
@@ -207,7 +195,6 @@ def plot(report: dict, path: str | os.PathLike) -> None:
         axes.legend(loc="upper center", ncols=1, fontsize="small")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 def describe(report: dict) -> str:
@@ -215,11 +202,8 @@ def describe(report: dict) -> str:
     lines = [f"{'shift, policy - reference':28}{'tokens':>10}{'mean':>10}{'std':>10}{'mean |.|':>10}{'Gini':>8}"]
     for series, title in SERIES.items():
         for name, label in (("up", "thumbs up"), ("down", "thumbs down")):
-            part = report["shifts"][series][name]
-            if part is not None:
+            if (part := report["shifts"][series][name]) is not None:
+                numbers = "".join(f"{part[value]:>10.4f}" for value in ("mean", "std", "mean_absolute"))
                 coefficient = "-" if part["gini"] is None else f"{part['gini']:.3f}"
-                lines.append(
-                    f"{title + ', ' + label:32}{report['tokens'][name]:>6}{part['mean']:>10.4f}{part['std']:>10.4f}"
-                    f"{part['mean_absolute']:>10.4f}{coefficient:>8}"
-                )
+                lines.append(f"{title + ', ' + label:32}{report['tokens'][name]:>6}{numbers}{coefficient:>8}")
     return "\n".join(lines)

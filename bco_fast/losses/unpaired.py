@@ -136,7 +136,7 @@ def kto_loss(
         raise ValueError(f"kl must be one number, the mean over the batch, not {list(kl.shape)}")
     z_ref = beta * kl.clamp(min=0)
     sign = torch.where(labels, 1.0, -1.0).to(logps.dtype)
-    weight = torch.where(labels, desirable_weight, undesirable_weight).to(logps.dtype)
+    weight = torch.where(labels, logps.new_full((), desirable_weight), logps.new_full((), undesirable_weight))
     per_example = weight * torch.sigmoid(-sign * (rewards - z_ref))
     loss = reduce(per_example, labels, sample_weight, reduction)
     return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, z_ref, extra={"kl": kl.clamp(min=0)})

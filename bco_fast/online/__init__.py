@@ -8,6 +8,6 @@ __getattr__ = old_names(
         "OnlineConfig": "online.config",
         "OnlineFeedbackTrainer": "online.trainer",
         "HuggingFaceGenerator": "online.generators",
-        "read_prompts": "online.prompts",
+        "read_prompts": "data.prompts",
     },
 )

@@ -1,8 +1,8 @@
 """Online alignment: prompts in, completions sampled from the policy, a reward, and an unpaired objective on the result.
 
 UNA's fourth application (Wang et al., arXiv 2408.15339, section 2.3.4): the difference between the implicit reward
-β (logp − logp_ref) and an explicit one is minimised on the policy's own completions. Training goes in rounds: a round is
-sampled by the policy as it stands, judged, kept as a feedback file, and trained on for `steps_per_round` steps.
+β (logp − logp_ref) and an explicit one is minimised on the policy's own completions. Training runs in rounds: a round is
+sampled by the current policy, judged, kept as a feedback file, and trained on for `steps_per_round` steps.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ..training.config import FeedbackConfig, _option
 
 @dataclass
 class OnlineConfig(FeedbackConfig):
-    """`FeedbackConfig` and what sampling needs.
+    """`FeedbackConfig` with the options of sampling.
 
-    A round has steps_per_round · batch · accumulation · ranks / replay_epochs completions, which must be a whole multiple
-    of samples_per_prompt on every rank.
+    A round has steps_per_round · batch · accumulation · ranks / replay_epochs completions, on every rank a multiple of
+    samples_per_prompt.
 
     Raises:
         ValueError: as `FeedbackConfig`; a paired objective; no max_steps; an option that the generator does not read.
@@ -27,13 +27,13 @@ class OnlineConfig(FeedbackConfig):
     steps_per_round: int = _option(8, "Optimizer steps on the completions of one round.")
     samples_per_prompt: int = _option(4, "Completions of each prompt in a round.")
     replay_epochs: int = _option(1, "Times a round's completions are trained on within its steps.")
-    max_new_tokens: int = _option(256, "Tokens of a completion at most.")
+    max_new_tokens: int = _option(256, "Longest completion, tokens.")
     temperature: float = _option(0.7, "Of sampling, > 0.")
     top_p: float = _option(0.95, "Nucleus of sampling, (0, 1].")
     generation_batch_size: int = _option(64, "Prompts in one call of generate; vLLM makes its own batches.")
     generator: str = _option(
         "hf",
-        "What samples: hf, the policy's own generate, or vllm, an engine on the same GPU that gets its weights each round.",
+        "Sampler: hf, the policy's own generate, or vllm, an engine on the same GPU that gets its weights each round.",
         choices=["hf", "vllm"],
     )
     vllm_gpu_memory_utilization: float = _option(
@@ -41,7 +41,7 @@ class OnlineConfig(FeedbackConfig):
     )
     reward_scale: str = _option(
         "none",
-        "What una_score makes of rewards: none (they are in [0, 1]), sigmoid, or minmax over the round.",
+        "How una_score maps rewards to [0, 1]: none (they are), sigmoid, or minmax over the round.",
         choices=["none", "sigmoid", "minmax"],
     )
     reward_threshold: float = _option(0.5, "Reward above which a completion counts as thumbs up.")
@@ -52,13 +52,8 @@ class OnlineConfig(FeedbackConfig):
             raise ValueError(f"{self.loss_type} needs pairs; online training samples completions one by one")
         if self.max_steps <= 0:
             raise ValueError("online training has no epochs: give max_steps")
-        for name in (
-            "steps_per_round",
-            "samples_per_prompt",
-            "replay_epochs",
-            "max_new_tokens",
-            "generation_batch_size",
-        ):
+        counts = ("steps_per_round", "samples_per_prompt", "replay_epochs", "max_new_tokens", "generation_batch_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):

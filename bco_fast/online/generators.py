@@ -1,4 +1,4 @@
-"""What samples a round: the policy itself, or a vLLM engine that gets the policy's weights first.
+"""Sampling a round: by the policy itself, or by a vLLM engine that gets the policy's weights first.
 
 generator(policy, prompts as token ids, seed) -> completions as token ids, one per prompt, EOS included where sampled
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..data.tokenizer import pad_or_eos
 from ..models.sampling import draw
 
 Generator = Callable[[nn.Module, Sequence[Sequence[int]], int], list[list[int]]]
@@ -25,23 +26,16 @@ class HuggingFaceGenerator:
     """
 
     def __init__(
-        self,
-        tokenizer,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.7,
-        top_p: float = 0.95,
-        batch_size: int = 64,
+        self, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, top_p: float = 0.95, batch_size: int = 64
     ):
-        self.eos = tokenizer.eos_token_id
-        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos, self.pad = tokenizer.eos_token_id, pad_or_eos(tokenizer)
         self.batch_size = batch_size
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         self.options = {"max_new_tokens": max_new_tokens, **(sampling if temperature else {"do_sample": False})}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
-        # Longest first: prompts of like length share a batch, and memory peaks in the first.
+        # Longest first: prompts of similar length share a batch, and memory peaks in the first.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         options = {"pad_token_id": self.pad, "eos_token_id": self.eos, **self.options}
         drawn = draw(model, prompts, order, options, batch_size=self.batch_size, seed=seed)
@@ -55,8 +49,8 @@ def _until_eos(tokens: list[int], eos: int) -> list[int]:
 class VllmGenerator:
     """A vLLM engine in this process and on this GPU, asleep while the policy trains.
 
-    Each call wakes the engine, copies the policy's weights into it (a LoRA adapter folded into its base, on the way),
-    samples, and puts it to sleep again, weights and KV cache dropped. On several ranks each has its own engine.
+    Each call wakes the engine, copies the policy's weights into it (with a LoRA adapter merged into its base), samples, and
+    puts it to sleep again, which drops weights and KV cache. On several ranks each has its own engine.
 
     Tested against a stand-in for vLLM, not yet against vLLM on a GPU. It follows vLLM's LLM, SamplingParams,
     collective_rpc, sleep mode and external launcher, as versions 0.22 to 0.31 document them.
@@ -90,7 +84,7 @@ class VllmGenerator:
         self._params = vllm.SamplingParams
         self.options = {"n": 1, "temperature": temperature, "top_p": top_p, "top_k": 0, "max_tokens": max_new_tokens}
         self.options |= {"stop_token_ids": [self.eos], "detokenize": False}
-        # The engine joins the training's own process group; alone, it is a group of one.
+        # The engine joins the training's process group; a single process is a group of one.
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29555}.items():  # fmt: skip
             os.environ.setdefault(name, str(value))
         self.engine = vllm.LLM(
@@ -100,7 +94,7 @@ class VllmGenerator:
             enable_sleep_mode=True,
             distributed_executor_backend="external_launcher",
             worker_extension_cls=f"{PolicyWeights.__module__}.{PolicyWeights.__name__}",
-            generation_config="vllm",  # no top-k or penalties of the checkpoint's own
+            generation_config="vllm",  # without the checkpoint's top-k and penalties
             seed=0,
         )
         self.engine.sleep(level=2)
@@ -112,7 +106,7 @@ class VllmGenerator:
         self.engine.collective_rpc("load_policy", args=(policy_weights(model),))
         self.engine.wake_up(tags=["kv_cache"])
         self.engine.reset_prefix_cache()
-        # A seed of its own for each: with one for all, samples of the same prompt would be the same.
+        # One seed for each prompt: with a common one, samples of the same prompt would be identical.
         seeds = random.Random(seed)  # noqa: S311 - sampling, not a secret
         params = [self._params(**self.options, seed=seeds.getrandbits(31)) for _ in prompts]
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
@@ -122,7 +116,7 @@ class VllmGenerator:
 
 
 class PolicyWeights:
-    """What vLLM's worker inherits beside its own methods (`worker_extension_cls`)."""
+    """Mixed into vLLM's worker (`worker_extension_cls`)."""
 
     def load_policy(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self.model_runner.model.load_weights(weights=weights)
@@ -132,7 +126,7 @@ class PolicyWeights:
 def policy_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of a policy, one at a time, under the name its checkpoint has; a tied one once.
 
-    A LoRA adapter is added to a copy of each weight: merging in place and back would round the base a little every time.
+    A LoRA adapter is added to a copy of each weight: merging in place and back would round the base each time.
 
     Raises:
         ValueError: the policy is quantised or sharded, or its adapter is not plain LoRA.

@@ -2,9 +2,9 @@
 
     def reward(prompts: list[str], completions: list[str], **columns) -> list[float]
 
-is the signature of TRL's `reward_funcs`: it is called by keyword, `columns` are further columns of the prompts' file, one
-value per prompt, and it returns one finite number per completion; more is better. Where prompts are chats, a prompt is a
-list of messages and a completion a list of one. Whatever else comes back stops the work with an error that names a prompt.
+has the signature of TRL's `reward_funcs`: it is called by keyword, `columns` are the further columns of the prompts, one
+value per prompt, and it returns one finite number per completion; more is better. If prompts are chats, a prompt is a list
+of messages and a completion a list of one message. Any other result is an error that names a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..data.sources import one_line
 from ..data.tokenize import fit
+from ..data.tokenizer import open_ids, pad_or_eos, positions
 
 logger = logging.getLogger("bco_fast")
 
@@ -37,7 +39,7 @@ def _named(prompts: Sequence[str], index: int) -> str:
 
 
 def check_rewards(prompts: Sequence[str], rewards: Sequence[float]) -> list[float]:
-    """The rewards as Python floats, if there is one finite number for each prompt.
+    """The rewards as Python floats; there must be one finite number for each prompt.
 
     Args:
         rewards: a list, or a one-dimensional array or tensor; booleans count 0 and 1.
@@ -53,7 +55,7 @@ def check_rewards(prompts: Sequence[str], rewards: Sequence[float]) -> list[floa
     if len(rewards) != len(prompts):
         few = len(rewards) < len(prompts)
         where = f"; the first without one is {_named(prompts, len(rewards))}" if few else ""
-        if not few and prompts:
+        if prompts and not few:
             where = f"; the last prompt is {_named(prompts, len(prompts) - 1)}"
         raise RewardError(f"{len(rewards)} rewards for {len(prompts)} prompts{where}")
     checked = []
@@ -73,14 +75,14 @@ def score(reward: Reward, /, prompts: Sequence[str], completions: Sequence[str],
 
     Args:
         reward: called as reward(prompts=, completions=, **columns).
-        columns: lists with one value per prompt; what is not a list is passed on as it is.
+        columns: lists with one value per prompt; anything else is passed on unchanged.
 
     Returns:
         One finite float per completion.
 
     Raises:
-        RewardError: the lists differ in length, the reward raised, or what `check_rewards` refuses. If it raised, it
-            is asked again for one prompt at a time, up to the one it fails on.
+        RewardError: the lists differ in length, the reward raised, or what `check_rewards` refuses. If it raised, it is
+            called again for one prompt at a time, up to the one that fails.
     """
     prompts, completions = list(prompts), list(completions)
     for name, column in {"completions": completions, **columns}.items():
@@ -92,27 +94,27 @@ def score(reward: Reward, /, prompts: Sequence[str], completions: Sequence[str],
         rewards = reward(prompts=prompts, completions=completions, **columns)
     except Exception as error:
         index, cause = _culprit(reward, prompts, completions, columns, error)
-        where = (
-            f"for {_named(prompts, index)}"
-            if cause is not None
-            else f"for {len(prompts)} prompts together, though for none of them alone; the first is {_named(prompts, 0)}"
-        )
-        cause = cause or error
-        reason = " ".join(str(cause).split()) or "no message"
-        raise RewardError(f"the reward raised {type(cause).__name__} {where}: {reason}") from error
+        where = f"for {_named(prompts, index)}"
+        if cause is None:
+            cause = error
+            where = (
+                f"for {len(prompts)} prompts together, but for none of them alone; the first is {_named(prompts, 0)}"
+            )
+        raise RewardError(
+            f"the reward raised {type(cause).__name__} {where}: {one_line(cause) or 'no message'}"
+        ) from error
     return check_rewards(prompts, rewards)
 
 
 def _culprit(reward: Reward, prompts: list, completions: list, columns: dict, error: Exception):
-    """(index, exception) of the first prompt that the reward fails on by itself; (0, None) if there is none."""
+    """(index, exception) of the first prompt on which the reward fails alone; (0, None) if there is none."""
     if len(prompts) == 1:
         return 0, error
     for index in range(len(prompts)):
-        own = {
-            name: column[index : index + 1] if isinstance(column, list) else column for name, column in columns.items()
-        }
+        one = slice(index, index + 1)
+        own = {name: column[one] if isinstance(column, list) else column for name, column in columns.items()}
         try:
-            reward(prompts=prompts[index : index + 1], completions=completions[index : index + 1], **own)
+            reward(prompts=prompts[one], completions=completions[one], **own)
         except Exception as cause:
             return index, cause
     return 0, None
@@ -121,20 +123,21 @@ def _culprit(reward: Reward, prompts: list, completions: list, columns: dict, er
 class SequenceReward:
     """The one logit of a Hugging Face sequence-classification model, as a reward.
 
-    A tokenizer with a chat template reads the prompt as the user's turn and the completion as the assistant's, chats as
-    they are; one with a separator token (BERT, DeBERTa) reads them as a pair; any other reads tok(prompt) +
-    tok(completion) + EOS, as in training. The last two read texts only. A text that is too long loses the beginning of its prompt first; how many did is logged.
+    A tokenizer with a chat template renders the prompt as the user's turn and the completion as the assistant's, chats
+    unchanged; one with a separator token (BERT, DeBERTa) encodes them as a pair; any other as tok(prompt) + tok(completion)
+    + EOS, as in training. The last two take texts only. A text that is too long loses the beginning of its prompt first;
+    the number of such texts is logged.
 
     Args:
         model_or_path: the model, which stays on its device; or a folder or Hub name, loaded in its stored dtype onto
             the accelerator if there is one.
         tokenizer: None to load it from the path.
         batch_size: texts in one forward pass.
-        max_length: tokens of a text; None for what the model has positions for.
+        max_length: tokens of a text; None for the model's positions.
 
     Raises:
-        RewardError: the model cannot be loaded, has another number of logits than one, or its head is not in the
-            checkpoint (a causal language model would get a random one).
+        RewardError: the model cannot be loaded, does not have exactly one logit, or its head is not in the checkpoint (a
+            causal language model would get a random one).
     """
 
     def __init__(self, model_or_path, tokenizer=None, batch_size: int = 16, max_length: int | None = None):
@@ -149,19 +152,12 @@ class SequenceReward:
         if self.model.config.num_labels != 1:
             raise RewardError(f"a reward model has one logit, {self.__name__} has {self.model.config.num_labels}")
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length or min(positions or 2**30, tokenizer.model_max_length)
-        self._pad = next(
-            (
-                i
-                for i in (tokenizer.pad_token_id, self.model.config.pad_token_id, tokenizer.eos_token_id)
-                if i is not None
-            ),
-            None,
-        )
+        self.max_length = max_length or min(positions(self.model) or 2**30, tokenizer.model_max_length)
+        pads = (tokenizer.pad_token_id, self.model.config.pad_token_id, pad_or_eos(tokenizer))
+        self._pad = next((pad for pad in pads if pad is not None), None)
         if self._pad is None:
             raise RewardError(f"the tokenizer of {self.__name__} has neither a padding nor an EOS token")
-        self.model.config.pad_token_id = self._pad  # a decoder scores the last token that is not this one
+        self.model.config.pad_token_id = self._pad  # a decoder scores the last token that differs from it
         self.model.eval()
 
     @torch.no_grad()
@@ -192,32 +188,27 @@ class SequenceReward:
         if tok.sep_token_id is not None:
             whole = tok(prompt, completion)
             keep = [name for name in ("input_ids", "token_type_ids") if name in whole]
-            if len(whole["input_ids"]) <= limit:
-                return {name: list(whole[name]) for name in keep}, False
-            side, tok.truncation_side = tok.truncation_side, "left"
-            try:
-                cut = tok(prompt, completion, truncation="longest_first", max_length=limit)
-            finally:
-                tok.truncation_side = side
-            return {name: list(cut[name]) for name in keep}, True
-        ids, answer = tok(prompt)["input_ids"], tok(completion, add_special_tokens=False)["input_ids"]
-        if tok.eos_token_id is not None:
-            answer = [*answer, tok.eos_token_id]
-            if ids and ids[-1] == tok.eos_token_id and not prompt.endswith(tok.eos_token):
-                ids = ids[:-1]  # some tokenizers close every text
+            if cut := len(whole["input_ids"]) > limit:
+                side, tok.truncation_side = tok.truncation_side, "left"
+                try:
+                    whole = tok(prompt, completion, truncation="longest_first", max_length=limit)
+                finally:
+                    tok.truncation_side = side
+            return {name: list(whole[name]) for name in keep}, cut
+        (ids,), answer = open_ids(tok, [prompt]), tok(completion, add_special_tokens=False)["input_ids"]
+        answer = answer if tok.eos_token_id is None else [*answer, tok.eos_token_id]
         kept, (shown,) = fit(ids, [answer], limit, max(1, limit // 2))
         return {"input_ids": [*kept, *shown]}, len(kept) + len(shown) < len(ids) + len(answer)
 
     def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Right-padded: [B, T] int64."""
-        width = max(1, max(len(text["input_ids"]) for text in texts))
-        batch = {
-            name: torch.tensor([t[name] + [fill] * (width - len(t[name])) for t in texts])
-            for name, fill in (("input_ids", self._pad), ("token_type_ids", 0))
-            if name in texts[0]
+        rows = [{**text, "attention_mask": [1] * len(text["input_ids"])} for text in texts]
+        fills = {"input_ids": self._pad, "token_type_ids": 0, "attention_mask": 0}
+        width = max(1, max(len(row["input_ids"]) for row in rows))
+        return {
+            name: torch.tensor([row[name] + [fills[name]] * (width - len(row[name])) for row in rows])
+            for name in rows[0]
         }
-        lengths = torch.tensor([len(t["input_ids"]) for t in texts])
-        return batch | {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 
 def _messages(role: str, said: str | list) -> list:
@@ -231,11 +222,10 @@ def _load(path: str, tokenizer):
         model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", output_loading_info=True)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        raise RewardError(f"{path}: {' '.join(str(error).split())}") from None
+        raise RewardError(f"{path}: {one_line(error)}") from None
     if info["missing_keys"]:
-        raise RewardError(
-            f"{path} is not a reward model: its checkpoint has no {', '.join(sorted(info['missing_keys']))}"
-        )
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise RewardError(f"{path} is not a reward model: its checkpoint has no {missing}")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return model.to(device), tokenizer
 
@@ -245,7 +235,7 @@ def load_reward(spec: str | os.PathLike) -> Reward:
     sequence-classification model.
 
     Raises:
-        RewardError: there is no such folder, module or function, or the model is no reward model.
+        RewardError: there is no such folder, module or function, or the model is not a reward model.
     """
     spec = os.fspath(spec)
     if Path(spec).is_dir():

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.prompts import Prompt
 from ..files import atomic_text
-from .prompts import Prompt
 
 
 @dataclass(frozen=True)

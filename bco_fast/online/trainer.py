@@ -24,6 +24,7 @@ from transformers import Trainer
 from ..data.batch import collate
 from ..data.chat import Message
 from ..data.dataset import Example, FeedbackDataset
+from ..data.prompts import is_chat, prompt_ids, read_prompts
 from ..data.samplers import mismatched
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
@@ -31,7 +32,6 @@ from ..training.step import Step
 from ..training.trainer import FeedbackTrainer
 from .config import OnlineConfig
 from .generators import Generator, HuggingFaceGenerator, VllmGenerator
-from .prompts import is_chat, prompt_ids, read_prompts
 from .rewards import RewardError, score
 from .rounds import Sampled, read_round, shuffled, write_round
 

@@ -1,4 +1,4 @@
-"""`FeedbackConfig`: the Hugging Face `TrainingArguments` and what an objective on feedback needs beside them."""
+"""`FeedbackConfig`: the Hugging Face `TrainingArguments` with the options of objectives on feedback."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ def _option(default, help: str, **metadata):
 
 @dataclass
 class FeedbackConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what an objective on feedback needs beside them.
+    """`transformers.TrainingArguments` with the options of objectives on feedback.
 
     Raises:
         ValueError: an option is out of its range, or belongs to another kind of objective than `loss_type`.
     """
 
+    output_dir: str | None = _option(None, "Folder for checkpoints, the model, its card and the log; required")
     learning_rate: float = _option(5e-6, "Peak learning rate of AdamW, per optimizer step.")
     logging_steps: float = _option(10, "Optimizer steps between log lines; below 1, a share of all steps.")
-    remove_unused_columns: bool = _option(False, "Ignored: rows are tokens already.")
+    remove_unused_columns: bool = _option(False, "Ignored: the dataset holds tokens, not columns.")
 
     loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=list(OBJECTIVES))
     beta: float | None = _option(
@@ -34,20 +35,20 @@ class FeedbackConfig(TrainingArguments):
     )
     reduction: str = _option(
         "mean",
-        "Of an unpaired objective: mean over the batch, or class_mean, the sum of the means of the two classes.",
+        "Reduction of an unpaired objective: mean over the batch, or class_mean, the sum of the two class means.",
         choices=["mean", "class_mean"],
     )
     shift_mode: str | None = _option(
         None,
-        "How δ follows the rewards: ema, cumulative, batch or fixed (0). Default: ema for bco and una_reward, fixed for "
-        "the other una objectives.",
+        "How δ is estimated from the rewards: ema, cumulative, batch or fixed (0). Default: ema for bco and una_reward, "
+        "fixed for the other una objectives.",
         choices=list(MODES),
     )
     shift_decay: float = _option(0.9, "Decay of δ's moving average per optimizer step, [0, 1).")
-    shift_balanced: bool = _option(True, "Both classes weigh the same in δ (Eq. 7 of BCO); else rewards are pooled.")
+    shift_balanced: bool = _option(True, "Weigh both classes equally in δ (Eq. 7 of BCO); else rewards are pooled.")
     shift_update: str = _option(
         "step",
-        "When δ moves: step, after an optimizer step, or micro, before every micro-batch's loss.",
+        "When δ is updated: step, after an optimizer step, or micro, before the loss of each micro-batch.",
         choices=["step", "micro"],
     )
     slic_delta: float = _option(1.0, "Margin of slic, nats, > 0.")
@@ -55,10 +56,10 @@ class FeedbackConfig(TrainingArguments):
     gamma: float = _option(1.0, "Target margin of simpo, in reward units, >= 0.")
     lam: float = _option(0.1, "Weight of the odds ratio in orpo, >= 0.")
     alpha: float = _option(0.01, "Reward per token of length in rdpo, >= 0.")
-    length_normalized: bool = _option(False, "ipo on means over tokens, as TRL trains it, not on sums.")
+    length_normalized: bool = _option(False, "Let ipo compare means over tokens, as in TRL, instead of sums.")
 
     desirable_weight: str = _option(
-        "1", "λ that multiplies the cost of thumbs up; auto: n-/n+ or n+/n- on the rarer class, so both weigh the same."
+        "1", "λ that multiplies the cost of thumbs up; auto: n-/n+ or n+/n- on the rarer class, to balance the classes."
     )
     undesirable_weight: float = _option(1.0, "λ that multiplies the cost of thumbs down, >= 0.")
     oversample: bool = _option(False, "Repeat rows of the rarer class until both are equally frequent.")
@@ -68,29 +69,31 @@ class FeedbackConfig(TrainingArguments):
         choices=["random", "stratified"],
     )
     pairing_ratio: float = _option(
-        1.0, "Share of pairs of which an unpaired objective sees both sides; of the others one at random, [0, 1]."
+        1.0, "Share of pairs that an unpaired objective sees both sides of; of the others, one side at random, [0, 1]."
     )
 
     model_dtype: str = _option(
         "auto",
-        "Of the weights, when the model is loaded from a path. auto: float32 where all are trained, else as stored.",
+        "Dtype of the weights of a model loaded from a path. auto: float32 if all are trained, else as stored.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     attn_implementation: str | None = _option(
         None,
-        "Attention backend, when the model is loaded from a path. Default: FlashAttention where it fits, else SDPA.",
+        "Attention backend of a model loaded from a path. Default: FlashAttention if it fits, else SDPA.",
     )
-    load_in_4bit: bool = _option(False, "QLoRA: the base in 4 bits (NF4), its head in the stored dtype.")
-    load_in_8bit: bool = _option(False, "The base in 8 bits, its head in the stored dtype.")
+    load_in_4bit: bool = _option(False, "QLoRA: load the base in 4 bits (NF4), its head in the stored dtype.")
+    load_in_8bit: bool = _option(False, "Load the base in 8 bits, its head in the stored dtype.")
     use_peft: bool = _option(False, "Train a LoRA adapter; the base with the adapter disabled is the reference.")
     lora_r: int = _option(32, "Rank of the adapter, dimensions.")
     lora_alpha: int = _option(64, "Scale of the adapter: alpha / r multiplies its output.")
     lora_dropout: float = _option(0.0, "Dropout on the adapter's input, [0, 1).")
-    lora_target_modules: str = _option("all-linear", "Modules that get an adapter, comma-separated, or all-linear.")
-    lora_modules_to_save: str = _option("", "Modules trained whole beside the adapter, comma-separated, e.g. lm_head.")
+    lora_target_modules: str = _option("all-linear", "Modules with an adapter, comma-separated, or all-linear.")
+    lora_modules_to_save: str = _option(
+        "", "Modules trained in full beside the adapter, comma-separated, e.g. lm_head."
+    )
 
     disable_dropout: bool = _option(
-        False, "Set every nn.Dropout of the model to 0: rewards then start at 0 in training."
+        False, "Set every nn.Dropout of the model to 0, so that rewards start at 0 in training."
     )
 
     padding_free: bool = _option(False, "Pack the sequences of a batch end to end instead of padding them.")
@@ -102,26 +105,28 @@ class FeedbackConfig(TrainingArguments):
     )
     tokens_per_batch: int | None = _option(
         None,
-        "Tokens of a micro-batch at most (padded ones without padding_free), instead of a number of rows. Default: no limit.",
+        "Largest micro-batch in tokens (padded ones without padding_free), instead of rows. Default: no limit.",
     )
     activation_offloading: bool = _option(
-        False, "Keep what the backward needs in host memory; with gradient_checkpointing, for long context."
+        False, "Keep saved activations in host memory; with gradient_checkpointing, for long context."
     )
-    mlp_chunk_tokens: int | None = _option(None, "Tokens an MLP runs over at a time, for long context. Default: all.")
+    mlp_chunk_tokens: int | None = _option(
+        None, "Tokens that an MLP processes at a time, for long context. Default: all."
+    )
 
-    max_length: int = _option(1024, "Tokens of prompt and completion together.")
+    max_length: int = _option(1024, "Longest row: prompt and completion together, tokens.")
     max_prompt_length: int | None = _option(
-        None, "Tokens a prompt keeps, from its end, in a row that is too long. Default: half of max_length."
+        None, "Tokens that a prompt keeps, from its end, if the row is too long. Default: half of max_length."
     )
     chat_template: str | None = _option(
-        None, "Chat template in place of the tokenizer's: the path of a Jinja file, or the template. Default: its own."
+        None, "Chat template: the path of a Jinja file, or the template. Default: the tokenizer's."
     )
     on_bad_row: str = _option(
-        "error", "What a bad row of feedback does: error, or skip (counted and reported).", choices=["error", "skip"]
+        "error",
+        "What to do with a bad row of feedback: error, or skip (counted and logged).",
+        choices=["error", "skip"],
     )
-    columns: str | None = _option(
-        None, "What columns are called in the data, ours=theirs: completion=response,label=kto_tag."
-    )
+    columns: str | None = _option(None, "Names of columns in the data, ours=theirs: completion=response,label=kto_tag.")
     score_scale: str | None = _option(None, "Lowest and highest score in the data, as in 1,5. Default: 0,1.")
     cache_dir: str | None = _option(
         None, "Folder of the reference cache. Default: $BCO_FAST_CACHE, or bco_fast in the user's cache folder."
@@ -129,14 +134,14 @@ class FeedbackConfig(TrainingArguments):
     reference_tokens_per_batch: int = _option(8192, "Padded tokens in one forward pass of the reference model.")
     backend: str = _option(
         "auto",
-        "Of the fused head: auto, triton, torch or reference.",
+        "Backend of the fused head: auto, triton, torch or reference.",
         choices=["auto", "triton", "torch", "reference"],
     )
-    workspace_bytes: int = _option(256 << 20, "Bytes the logits tiles of the fused head may take.")
+    workspace_bytes: int = _option(256 << 20, "Limit in bytes for the logits tiles of the fused head.")
     sparse_tolerance: float = _option(
         0.0,
-        "The backward of a trainable head leaves out the least of the logits' gradient, at most this share of its L1 norm, "
-        "[0, 1). 0: the exact backward.",
+        "Share of the L1 norm of the logits' gradient that the backward of a trainable head may leave out, [0, 1). 0: the "
+        "exact backward.",
     )
 
     def __post_init__(self):

@@ -43,7 +43,7 @@ def test_bench_keeps_to_its_time_and_memory(monkeypatch):
     ("arguments", "complaint"),
     [
         (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
-        (["--model", ".", "--hidden", "64"], "--hidden and --vocab are for no --model"),
+        (["--model", ".", "--hidden", "64"], "--hidden and --vocab cannot be combined with --model"),
         (["--tokens", "0"], "--tokens must be > 0, not 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],

@@ -162,13 +162,27 @@ def test_commands_and_help(capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
-def test_train_help_lists_options_with_their_meaning():
-    run = subprocess.run([sys.executable, "-m", "bco_fast.cli", "train", "--help"], capture_output=True, text=True)
-    assert run.returncode == 0
+def test_train_help_lists_options_with_their_meaning(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capfd.readouterr().out
     for text in ("--data", "--beta", "Reward per nat", "--learning_rate", "--cache_dir", "--eval_fraction"):
-        assert text in run.stdout
+        assert text in shown
 
 
+def test_help_and_version_import_nothing_slow():
+    """Both take a tenth of a second; torch alone takes seconds."""
+    code = (
+        "import sys; from bco_fast import cli; cli.main(['--help']); cli.main(['--version'])\n"
+        "print(*{'torch', 'numpy', 'transformers', 'yaml', 'matplotlib'} & set(sys.modules), sep='', end='|')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "bco-fast shifts" in run.stdout, run.stderr
+    assert run.stdout.endswith("\n|")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_file(), reason="the file of real feedback is not here")
 def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     """1,610 judged completions: the reference is computed once, and the held-out margin rises above the untrained

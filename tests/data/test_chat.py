@@ -132,7 +132,9 @@ def test_eos_follows_only_a_rendering_that_does_not_close(close, eos, expected):
 def test_a_prompt_that_is_rendered_otherwise_by_itself_is_refused_by_row():
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     rows = [{"messages": [USER, {**FOUR, "content": "<think>\n4"}], "label": True}, {"messages": [USER, FOUR], "label": True}]  # fmt: skip
-    with pytest.raises(FeedbackError, match=r"row 1: the chat template does not begin .* goes on with '<think>\\n'"):
+    with pytest.raises(
+        FeedbackError, match=r"row 1: the chat template renders the prompt differently .* continues with '<think>\\n'"
+    ):
         load_feedback(rows, _tokenizer(thinking))
     dataset = load_feedback(rows, _tokenizer(thinking), on_bad_row="skip")
     assert dataset.report["skipped"] == 1
@@ -150,7 +152,7 @@ def test_what_the_template_refuses_or_leaves_out_is_named():
         load_feedback([{"messages": [USER, FOUR], "label": True}], _tokenizer(broken))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
     deaf = CHATML.replace("{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}", "")
-    with pytest.raises(FeedbackError, match="row 0: the chat template writes nothing of the last message"):
+    with pytest.raises(FeedbackError, match="row 0: the chat template leaves out the last message"):
         load_feedback([{"messages": [USER, call], "label": True}], _tokenizer(deaf))
     with pytest.raises(FeedbackError, match="tokenizer has no chat template"):
         load_feedback([{"messages": [USER, FOUR], "label": True}], _tokenizer(None))
@@ -212,7 +214,7 @@ def test_special_tokens_in_strings_are_the_tokenizers_to_read(caplog):
     ids = dataset.examples[0].input_ids.tolist()
     assert ids[0] == TOKENIZER.convert_tokens_to_ids("<|im_start|>")
     assert TOKENIZER.convert_tokens_to_ids("</s>") in ids
-    assert "1 completions hold special tokens as text" in caplog.text
+    assert "1 completions contain special tokens as text" in caplog.text
 
 
 def test_template_syntax_in_a_row_is_text(tmp_path):
@@ -309,7 +311,7 @@ THOUGHT = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assi
 def test_a_template_that_opens_a_thought_can_be_replaced(tmp_path):
     row = {"prompt": [USER], "completion": "4", "label": True}
     thinking = _tokenizer(THOUGHT)
-    with pytest.raises(FeedbackError, match="goes on with '<think>"):
+    with pytest.raises(FeedbackError, match="continues with '<think>"):
         load_feedback([row], thinking)
     (tmp_path / "plain.jinja").write_text(CHATML, encoding="utf-8")
     for template in (CHATML, tmp_path / "plain.jinja", str(tmp_path / "plain.jinja")):
@@ -338,7 +340,7 @@ def test_train_and_cache_build_take_a_template(tmp_path, capfd):
     train = ["train", *common, "--output_dir", tmp_path / "out", "--max_steps", 1, "--eval_fraction", 0,
              "--save_strategy", "no", "--use_cpu", "true", "--report_to", "none"]  # fmt: skip
     assert cli.main([str(argument) for argument in train]) == 2
-    assert "goes on with '<think>" in capfd.readouterr().err
+    assert "continues with '<think>" in capfd.readouterr().err
     template = ["--chat-template", CHATML]
     assert cli.main([str(argument) for argument in ["cache", "build", *common, *template]]) == 0
     assert cli.main([str(argument) for argument in [*train, *template]]) == 0

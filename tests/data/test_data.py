@@ -94,7 +94,7 @@ BAD = {
     "completion is null": ({**GOOD, "completion": None}, "completion must be a string or a list of messages, not NoneType", "labels"),
     "completion is empty": ({**GOOD, "completion": ""}, "completion is empty", "labels"),
     "chosen is blank": ({**PAIR, "chosen": " \n"}, "chosen is empty", "pairs"),
-    "half a character": ({**GOOD, "completion": "\ud83d"}, "completion has a lone surrogate, which is no text", "labels"),
+    "half a character": ({**GOOD, "completion": "\ud83d"}, "completion has a lone surrogate, which is not text", "labels"),
     "label is 1": ({**GOOD, "label": 1}, "label must be true or false, not 1", "labels"),
     "label is a word": ({**GOOD, "label": "true"}, "label must be true or false, not 'true'", "labels"),
     "label is long": ({**GOOD, "label": "x" * 999}, "label must be true or false, not 'xxx", "labels"),
@@ -127,7 +127,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, caplog, monkeypatch
     assert "feedback.jsonl:3" in caplog.text
 
 
-def test_each_kind_of_bad_row_has_its_own_complaint():
+def test_each_kind_of_bad_row_has_its_own_reason():
     assert len({reason for _, reason, _ in BAD.values()}) == len(BAD) >= 16
 
 

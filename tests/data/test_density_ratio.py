@@ -282,12 +282,20 @@ def test_from_the_command_line(tmp_path, capsys):
     ("rows", "extra", "message"),
     [
         ([{"prompt": "a", "completion": "b", "label": True}] * 4, [], "all 4 rows have label True"),
-        ([*_rows(9), {"prompt": "a", "completion": "b", "score": 1}], [], "in.jsonl:10: column 'label' is missing"),
-        ([{"prompt": "a", "completion": "b", "label": 1}] * 3, [], "label must be true or false, not 1; of a score"),
+        (
+            [*_rows(9), {"prompt": "a", "completion": "b", "score": 1}],
+            [],
+            "in.jsonl:10: label must be true or false, not None",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "label": 1}] * 3,
+            [],
+            "label must be true or false, not 1; `bco-fast convert",
+        ),
         (
             [{"prompt": 3, "completion": "b", "label": True}] * 3,
             [],
-            "prompt must be a string, or messages with a content (and 2 more",
+            "prompt must be a string, or messages with a content, not int (and 2 more",
         ),
         ([{"prompt": "a", "label": True, "weight": -1}], [], "weight must be a number >= 0, not -1"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], [], "one prompt"),

@@ -7,9 +7,10 @@ import tiny
 import torch
 
 from bco_fast import cli
-from bco_fast.data.prompts import GenerationError, Prompt, read_prompts
+from bco_fast.data.prompts import read_prompts
 from bco_fast.evaluation.generate import (
     Completion,
+    GenerationError,
     Sampling,
     encode_prompts,
     generate,
@@ -130,14 +131,16 @@ def test_chat_templates(caplog):
     chat = tokenizer("for pack two :")["input_ids"]
     assert encode_prompts(tokenizer, ["pack two"]) == encode_prompts(tokenizer, ["pack two"], chat="on") == [chat]
     assert encode_prompts(tokenizer, ["pack two"], chat="off") == [plain]
+    messages = [{"role": "user", "content": "pack two"}]
+    assert encode_prompts(tokenizer, [messages]) == encode_prompts(tokenizer, [{"prompt": messages}]) == [chat]
     assert encode_prompts(tokenizer, ["pack two"], max_length=3) == [chat[-3:]]
     assert "1 of 1 prompts lost their beginning, down to 3 tokens" in caplog.text
 
 
 def test_published_formats(tmp_path):
     prompts = [
-        Prompt("Why?", "q1", {"question_id": "q1", "dataset": "koala"}),
-        Prompt("How?", "q2", {"question_id": "q2"}),
+        {"prompt": "Why?", "question_id": "q1", "dataset": "koala", "output": "earlier"},
+        {"prompt": "How?", "question_id": "q2"},
     ]
     completions = [Completion("Because\u2028é.", 3, True), Completion("", 0, True)]
     paths = {form: tmp_path / form for form in ("alpaca_eval", "arena_hard", "jsonl")}
@@ -154,19 +157,32 @@ def test_published_formats(tmp_path):
     assert first["answer_id"] != second["answer_id"]
     rows = [json.loads(line) for line in paths["jsonl"].read_text().split("\n")[:-1]]
     assert rows[0] == {"prompt": "Why?", "completion": "Because\u2028é.", "question_id": "q1", "dataset": "koala"}
-    for bad in ([Prompt("Why?"), prompts[1]], [prompts[0], prompts[0]]):
+    for bad in ([{"prompt": "Why?"}, prompts[1]], [prompts[0], prompts[0]]):
         with pytest.raises(GenerationError, match=r"\('Why\?'\) has .*question_id"):
             write_completions(tmp_path / "none", bad, completions, "arena_hard", generator="mine")
+    chat = [{"prompt": [{"role": "user", "content": "Why?"}]}]
+    with pytest.raises(GenerationError, match="not chat messages"):
+        write_completions(tmp_path / "none", chat, completions[:1], "alpaca_eval", generator="mine")
     assert not (tmp_path / "none").exists()
+    write_completions(paths["jsonl"], chat, completions[:1], "jsonl", generator="mine")
+    assert json.loads(paths["jsonl"].read_text()) == {**chat[0], "completion": "Because\u2028é."}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('[{"instruction": "Why?", "output": "x", "dataset": "koala"}]', Prompt("Why?", None, {"dataset": "koala"})),
-        ('{"prompt": "Why?", "completion": "x", "label": true, "n": 1}\n\n', Prompt("Why?", None, {"n": 1})),
-        ('{"question_id": "a", "turns": [{"content": "Why?"}]}', Prompt("Why?", "a", {"question_id": "a"})),
-        ('{"uid": 7, "prompt": "Why?"}', Prompt("Why?", 7, {"uid": 7})),
+        (
+            '[{"instruction": "Why?", "output": "x", "dataset": "koala"}]',
+            {"prompt": "Why?", "output": "x", "dataset": "koala"},
+        ),
+        (
+            '{"prompt": "Why?", "completion": "x", "label": true, "n": 1}\n\n',
+            {"prompt": "Why?", "completion": "x", "label": True, "n": 1},
+        ),
+        ('{"question_id": "a", "turns": [{"content": "Why?"}]}', {"prompt": "Why?", "question_id": "a"}),
+        ('["Why?"]', {"prompt": "Why?"}),
+        ('[[{"role": "user", "content": "Why?"}]]', {"prompt": [{"role": "user", "content": "Why?"}]}),
+        ('{"uid": 7, "prompt": "Why?"}', {"prompt": "Why?", "uid": 7}),
     ],
 )
 def test_prompts_are_read_from_the_published_files(tmp_path, text, expected):
@@ -177,12 +193,12 @@ def test_prompts_are_read_from_the_published_files(tmp_path, text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no record"),
+        ("", "no usable row"),
         ("[{]", "not JSON"),
         ('{"prompt": "a"}\n{', ":2: not JSON"),
-        ('{"prompt": "a"}\n3', ":2: a record must be an object, not int"),
-        ('{"text": "a"}', "none of the columns instruction, prompt, turns (found: text)"),
-        ('{"prompt": " "}', "prompt must be a text that is not empty"),
+        ('{"prompt": "a"}\n3', ":2: a row must be an object, not int"),
+        ('{"text": "a"}', "none of the columns prompt, instruction, turns (found: text)"),
+        ('{"prompt": " "}', "prompt is empty, or neither text nor messages"),
         ('{"turns": [{"content": "a"}, {"content": "b"}]}', "turns must be a list with one turn"),
     ],
 )

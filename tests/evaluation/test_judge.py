@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from bco_fast import cli
-from bco_fast.data.prompts import Prompt
 from bco_fast.evaluation.generate import Completion, write_completions
 from bco_fast.evaluation.judge import (
     Answer,
@@ -99,7 +98,7 @@ FORMATS = ("alpaca_eval", "arena_hard", "jsonl")
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("second", FORMATS)
 def test_files_of_all_formats_meet(tmp_path, first, second):
-    prompts = [Prompt(f"Why {i}?", f"q{i}", {"question_id": f"q{i}"}) for i in range(4)]
+    prompts = [{"prompt": f"Why {i}?", "question_id": f"q{i}"} for i in range(4)]
     write_completions(tmp_path / "a", prompts, [Completion("x " * i, i, True) for i in range(4)], first, generator="a")
     write_completions(
         tmp_path / "b", prompts[::-1], [Completion("x x", 2, True)] * 4, second, generator="b"
@@ -111,7 +110,7 @@ def test_files_of_all_formats_meet(tmp_path, first, second):
         seen.append(prompts)
         return words(prompts, completions)
 
-    verdict = judge(a, b, reward, prompts={prompt.id: prompt.text for prompt in prompts})
+    verdict = judge(a, b, reward, prompts={row["question_id"]: row["prompt"] for row in prompts})
     assert (verdict.wins, verdict.ties, verdict.losses) == (1, 1, 2)
     assert seen == [[f"Why {i}?" for i in range(4)]] * 2
     if {first, second} in ({"arena_hard"}, {"arena_hard", "alpaca_eval"}):

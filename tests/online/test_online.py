@@ -14,10 +14,10 @@ from runs import parameters as _parameters
 
 from bco_fast import FeedbackError, load_feedback
 from bco_fast.cli import demo
+from bco_fast.data.prompts import read_prompts
 from bco_fast.data.rows import read_rows
 from bco_fast.online.config import OnlineConfig
 from bco_fast.online.generators import HuggingFaceGenerator
-from bco_fast.online.prompts import read_prompts
 from bco_fast.online.rewards import RewardError
 from bco_fast.online.rounds import Sampled, read_round, write_round
 from bco_fast.online.trainer import OnlineFeedbackTrainer
@@ -297,7 +297,7 @@ def test_rounds_of_an_earlier_run_are_not_overwritten(tmp_path):
         _trainer(tmp_path, max_steps=2).train()
 
 
-@pytest.mark.parametrize(("source", "message"), [([], "no prompts"), (["a", " "], "row 1"), ([{"text": "a"}], "row 0"), ("/nowhere.jsonl", "nowhere")])  # fmt: skip
+@pytest.mark.parametrize(("source", "message"), [([], "no usable row"), (["a", " "], "row 1"), ([{"text": "a"}], "row 0"), ("/nowhere.jsonl", "nowhere")])  # fmt: skip
 def test_bad_prompts_are_named(source, message):
     with pytest.raises(ValueError, match=message):
         read_prompts(source)
@@ -360,7 +360,7 @@ def test_a_chat_round_resumes(tmp_path):
         ([CHATS[0], [*CHATS[0], {"role": "assistant", "content": "x"}]], "row 1: prompt ends with the assistant"),
         ([[{"role": "wizard", "content": "x"}]], r"row 0: the role of prompt\[0\]"),
         ([{"prompt": CHATS[0], "tools": "{"}], "row 0: tools is not JSON"),
-        ([[]], "row 0: prompt is missing"),
+        ([[]], "row 0: prompt has no message"),
     ],
     ids=["mixed", "assistant", "role", "tools", "empty"],
 )

@@ -1,0 +1,103 @@
+"""The commands that train, `train` and `online`: their options, from flags and a YAML file, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors
+from .config_file import read_config
+
+
+def add_run_options(parser: Parser) -> None:
+    """Options of `train` and `online` alike. What is required may come from --config too."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it (default: none)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="folder of a Hugging Face causal language model, or a Hub name; required"
+    )
+
+
+def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], config_class: type, arguments: list):
+    """Options of a command that trains: its own and the fields of a config, from flags and a --config file.
+
+    Args:
+        own: the command's own options, without help.
+        required: those of them that must be given, here or in the file.
+
+    Returns:
+        (namespace of `own`, config)
+    """
+    known = config_parser(config_class, parents=[own])
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(_run_help(command, about, own, required, known, config_class))
+        raise SystemExit(0)
+    path = own.parse_known_args(arguments)[0].config
+    if path is not None:
+        with usage_errors(UsageError, ValueError, prefix=f"--config {path}: "):
+            from_file = read_config(path, known, config_class)
+            known.parse_args(from_file)
+        arguments = [*from_file, *arguments]
+    namespace, unknown = known.parse_known_args(arguments)
+    if unknown:
+        hint = nearest(unknown[0].split("=")[0], known._option_string_actions)
+        raise UsageError(f"unknown argument {unknown[0]!r}{hint}")
+    missing = [f"--{name}" for name in (*required, "output_dir") if getattr(namespace, name) is None]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
+    values = vars(namespace)
+    options = argparse.Namespace(**{action.dest: values.pop(action.dest) for action in own._actions})
+    with usage_errors(ValueError, TypeError, ImportError):
+        return options, config_class(**values)
+
+
+def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], known: Parser, config_class) -> str:
+    from transformers import TrainingArguments
+
+    inherited = TrainingArguments.__dataclass_fields__
+    changed = {
+        name
+        for name, option in config_class.__dataclass_fields__.items()
+        if name not in inherited or option.metadata != inherited[name].metadata
+    }
+    owned = {action.dest for action in own._actions} | {"output_dir"}
+    # each option once, without the --no_ twins of those that are on
+    actions = [action for action in known._actions if not action.option_strings[0].startswith("--no_")]
+    sections = {
+        "model and data": [a for a in actions if a.dest in owned],
+        "objective, data and reference": [a for a in actions if a.dest in changed - owned],
+        "of transformers.TrainingArguments": [a for a in actions if a.dest not in changed | owned],
+    }
+    formatter = Help(f"bco-fast {command}")
+    needed = " ".join(f"--{action.dest} {action.metavar}" for action in own._actions if action.dest in required)
+    formatter.add_usage(f"bco-fast {command} {needed} --output_dir DIR [--config FILE] [--OPTION VALUE ...]", [], [])
+    formatter.add_text(f"{about} Dashes and underscores in options are the same.")
+    for title, part in sections.items():
+        formatter.start_section(title)
+        formatter.add_arguments(part)
+        formatter.end_section()
+    return formatter.format_help()
+
+
+def checkpoint_to_resume(config) -> str | bool | None:
+    """What to resume from: a folder, or True for the newest whole checkpoint of output_dir."""
+    from ..training.checkpoints import candidates
+
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if str(wanted).lower() == "true":
+        if not candidates(True, config.output_dir):
+            raise UsageError(f"--resume_from_checkpoint true: no checkpoint in {config.output_dir}")
+        return True
+    if not any(Path(wanted, name).is_file() for name in ("trainer_state.json", "manifest.json")):
+        raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint")
+    return str(wanted)
+
+
+def run_summary(trainer, start: float) -> dict:
+    """The first entries of the line of JSON that a training command prints."""
+    from ..models.memory import peak_memory_mb
+
+    seconds = round(time.perf_counter() - start, 1)
+    return {"steps": trainer.state.global_step, "seconds": seconds, "peak_memory_mb": round(peak_memory_mb(), 1)}

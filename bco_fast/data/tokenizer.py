@@ -1,0 +1,31 @@
+"""Questions that several rooms ask of a tokenizer or of a model's config: EOS, padding, positions, special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def pad_or_eos(tokenizer) -> int | None:
+    """The padding token, or EOS where there is none. Padding is masked, so its id does not matter."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def open_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that something follows: without the EOS that some tokenizers append to every text."""
+    eos, encoded = tokenizer.eos_token_id, tokenizer(list(texts), return_attention_mask=False)["input_ids"]
+    return [
+        ids[:-1] if ids and eos is not None and ids[-1] == eos and not text.endswith(tokenizer.eos_token) else ids
+        for ids, text in zip(encoded, texts, strict=True)
+    ]
+
+
+def positions(model) -> int | None:
+    """Tokens of the longest sequence that a model takes, or None if its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def special_tokens(tokenizer) -> dict[str, int]:
+    """{text: id} of every token that controls the model; text of a message must never become one of them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    added = {str(token): index for index, token in added if token.special}
+    return added | dict(zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True))
