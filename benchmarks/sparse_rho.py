@@ -23,12 +23,11 @@ from bco_fast.data.batch import collate
 from bco_fast.data.tokenize import load_feedback
 from bco_fast.head.backends import torch as chunked
 from bco_fast.head.sparse.choose import choose_blocks
-from bco_fast.head.types import HeadSaved, HeadSpec
+from bco_fast.head.types import HeadInputs, HeadSaved, HeadSpec, HeadWant
 from bco_fast.models.patch import completion_logps
 
 BATCH, HELD_OUT = 4, 16
 TAUS = {"2^-7": 2.0**-7, "2^-5": 2.0**-5}
-SPEC = HeadSpec(1.0, None, 1.0)
 
 
 def head_inputs(model, dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +48,21 @@ def measure(model, dataset, step: int) -> list[dict]:
     rows = []
     for width in (64, 128, 256):
         chunked.MASS_TILE = width
-        out = chunked.forward(
-            hidden, weight, targets, None, SPEC, entropy=False, frozen=False, mass=True, workspace_bytes=64 << 20
-        )
-        saved = HeadSaved(hidden, weight, targets, None, out.logps, out.row_max, out.row_sum, None, out.row_argmax)
+        inputs = HeadInputs(hidden, weight, targets, None, HeadSpec())
+        out = chunked.forward(inputs, HeadWant(mass=True), 64 << 20)
+        saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, None, out.row_argmax, out.mass)
         row = {"benchmark": "sparse_rho", "step": step, "cell": width, "order": "ids", "N": len(targets)}
         row["loss"] = round(-float(out.logps.mean()), 4)
         for label, tau in TAUS.items():
             choice = choose_blocks(
-                torch.ones(len(targets)), saved, out.mass, SPEC, tau,
-                width=width, sharded=False, break_even=1.1, workspace_bytes=64 << 20,
-            )  # fmt: skip
+                torch.ones(len(targets)),
+                saved,
+                tau,
+                width=width,
+                sharded=False,
+                break_even=1.1,
+                workspace_bytes=64 << 20,
+            )
             row[f"rho {label}"] = round(choice.kept_fraction, 4)
         rows.append(row)
     print(table(rows, ["step", "loss", "cell", "order", *(f"rho {label}" for label in TAUS)]), flush=True)

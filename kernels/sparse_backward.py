@@ -1,7 +1,7 @@
 """The backward of the lm-head for a list of (row, vocabulary tile) blocks; all other blocks are left out.
 
 Blocks are sorted by tile, then by row: the rows of tile t are rows[offset[t] : offset[t + 1]]. A launch takes blocks FIRST to LAST,
-as many as the workspace holds. A tile cut by that range is carried to the next launch in float32.
+as many as the workspace holds. A tile cut by that range is carried to the next launch in float32. weight_ptr is the first row of tile FIRST_TILE.
 
     gathered_dlogits   dz[i] = dlogits of block i; recomputes the matmul for gathered rows       [blocks, TILE]
     gathered_dweight   dW[tile] = sum over its blocks of dz[i]^T h[row i], written once          [V, D]
@@ -67,7 +67,7 @@ def gathered_dlogits_kernel(
         o_v = i_t * TILE + o_c
         o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
         p_hidden = hidden_ptr + o_n * stride_hn
-        p_weight = weight_ptr + o_v.to(tl.int64) * stride_wv
+        p_weight = weight_ptr + (o_v - FIRST_TILE * TILE).to(tl.int64) * stride_wv
         o_d = tl.arange(0, BLOCK_D)
         b_z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
         for d in range(0, D, BLOCK_D):
@@ -179,7 +179,7 @@ def gathered_product_kernel(
             o_c = c + tl.arange(0, BLOCK_V)
             o_v = i_t * TILE + o_c
             b_dz = tl.load(dz_ptr + o_i[:, None] * TILE + o_c[None, :], mask=m_i[:, None], other=0.0)
-            p_weight = weight_ptr + (o_v.to(tl.int64) * stride_wv)[:, None] + o_d[None, :]
+            p_weight = weight_ptr + ((o_v - FIRST_TILE * TILE).to(tl.int64) * stride_wv)[:, None] + o_d[None, :]
             b_w = tl.load(p_weight, mask=(o_v < V)[:, None] & m_d[None, :], other=0.0)
             b_product = tl.dot(b_dz, b_w, b_product, input_precision="ieee", out_dtype=ACC)
         tl.store(product_ptr + o_i[:, None] * D + o_d[None, :], b_product, mask=m_i[:, None] & m_d[None, :])

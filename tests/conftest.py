@@ -65,7 +65,7 @@ def low_precision_matmuls(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     for module in (products, walk, sparse):
-        monkeypatch.setattr(module, "operand", lambda x: x)
+        monkeypatch.setattr(module, "operand", lambda x, dtype: x.to(dtype))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .sparse.choose import choose_blocks
 from .tiling import accumulator_dtype
-from .types import DENSE, HeadForward, HeadNeed, HeadSaved, HeadSpec
+from .types import DENSE, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant
 
 logger = logging.getLogger("bco_fast")
 
@@ -57,7 +57,7 @@ def _triton_supports(device: torch.device) -> bool:
 
 def mass_tiles(weight: Tensor, backend: str) -> int:
     """Entries of a row of the backend's mass table."""
-    return -(-weight.shape[0] // load_backend(backend).MASS_TILE)
+    return -(-len(weight) // load_backend(backend).MASS_TILE)
 
 
 def kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:  # [N] bool
@@ -65,10 +65,9 @@ def kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:  # [N] boo
     return None if ignore_index is None else targets != ignore_index
 
 
-def check_values(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int | None, *, vocabulary: int
-) -> None:
+def check_values(inputs: HeadInputs, ignore_index: int | None, *, vocabulary: int) -> None:
     """Value checks, on CPU tensors only: on a GPU each would stall the stream, so there NaN propagates instead."""
+    hidden, weight, targets, bias, _ = inputs
     if hidden.device.type != "cpu":
         return
     keep = kept(targets, ignore_index)
@@ -112,40 +111,33 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
 
 
+def _at(inputs: HeadInputs, rows: Tensor | None) -> HeadInputs:
+    """The inputs of these rows, as a backend reads them."""
+    hidden, weight, targets, bias, spec = inputs
+    targets, bias = _take(targets, rows).contiguous(), None if bias is None else bias.contiguous()
+    return HeadInputs(_unit_stride(_take(hidden, rows)), _unit_stride(weight), targets, bias, spec)
+
+
 def _full_precision(tensor: Tensor):
     # Autocast would round the float32 operands of the backends' matmuls. The meta device has none.
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
-def forward(
-    backend: str,
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    keep: Tensor | None,  # [N] bool
-    spec: HeadSpec,
-    **options,
-) -> HeadForward:
-    """The backend's forward on the kept rows; every statistic of the others is 0. Options are the backend's."""
-    n = len(targets)
-    rows = _indices(keep)
+def forward(backend: str, inputs: HeadInputs, keep: Tensor | None, want: HeadWant, workspace_bytes: int) -> HeadForward:
+    """The backend's forward on the kept rows [N] bool; every statistic of the others is 0."""
+    hidden, n, rows = inputs.hidden, len(inputs.targets), _indices(keep)
     if n == 0 or (rows is not None and len(rows) == 0):
-        dtype = accumulator_dtype(hidden.dtype)
-        logps, row_max, row_sum, logits = (hidden.new_zeros(n, dtype=dtype) for _ in range(4))
-        entropy = torch.zeros_like(logps) if options["entropy"] else None
-        dlogp_dhidden = torch.zeros_like(hidden) if options["frozen"] else None
-        mass = logps.new_zeros(n, mass_tiles(weight, backend)) if options["mass"] else None
-        return HeadForward(logps, entropy, row_max, row_sum, dlogp_dhidden, logits, torch.zeros_like(targets), mass)
-    with _full_precision(hidden):
-        out = load_backend(backend).forward(
-            _unit_stride(_take(hidden, rows)),
-            _unit_stride(weight),
-            _take(targets, rows).contiguous(),
-            None if bias is None else bias.contiguous(),
-            spec,
-            **options,
+        logps, entropy, row_max, row_sum, logits = (
+            hidden.new_zeros((5, n), dtype=accumulator_dtype(hidden.dtype)).clone().unbind(0)
         )
+        mass = logps.new_zeros(n, mass_tiles(inputs.weight, backend)) if want.mass else None
+        dlogp_dhidden = torch.zeros_like(hidden) if want.frozen else None
+        argmax = torch.zeros_like(inputs.targets)
+        return HeadForward(
+            logps, entropy if want.entropy else None, row_max, row_sum, argmax, logits, dlogp_dhidden, mass
+        )
+    with _full_precision(hidden):
+        out = load_backend(backend).forward(_at(inputs, rows), want, workspace_bytes)
     return HeadForward(*(None if t is None else _spread(t, rows, n) for t in out))
 
 
@@ -165,11 +157,9 @@ def backward(
     grad_entropy: Tensor | None,  # [N]
     saved: HeadSaved,  # of all N rows
     keep: Tensor | None,  # [N] bool
-    spec: HeadSpec,
-    *,
     need: HeadNeed,
     workspace_bytes: int,
-    mass: Tensor | None = None,  # [N, T]
+    *,
     tolerance: float = 0.0,
     join_hidden: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
@@ -178,56 +168,39 @@ def backward(
     With the mass table of the forward it computes the blocks that `tolerance` asks for, or all of them where that is
     cheaper. `join_hidden` sums d hidden over ranks: of those rows, or of all where ranks may have chosen differently.
     """
-    n = len(saved.targets)
+    inputs, n = saved.inputs, len(saved.inputs.targets)
     if grad_logps is None:
         grad_logps = torch.zeros_like(saved.row_max)
-    options = {"need": need, "workspace_bytes": workspace_bytes}
     join = join_hidden or (lambda part: part)
-    if mass is not None and grad_entropy is None and n:
+    if saved.mass is not None and grad_entropy is None and n:
         upstream = grad_logps if keep is None else torch.where(keep, grad_logps, 0.0)
         sparse = load_sparse(backend)
         choice = choose_blocks(
             upstream,
             saved,
-            mass,
-            spec,
             tolerance,
             width=load_backend(backend).MASS_TILE,
             sharded=join_hidden is not None,
-            break_even=sparse.break_even(saved.hidden.dtype),
+            break_even=sparse.break_even(inputs.hidden.dtype),
             workspace_bytes=workspace_bytes,
         )
         if choice.blocks is not None:
-            whole = saved._replace(hidden=_unit_stride(saved.hidden), weight=_unit_stride(saved.weight))
-            with _full_precision(saved.hidden):
-                d_hidden, *others = sparse.backward(upstream, whole, spec, choice.blocks, **options)
+            with _full_precision(inputs.hidden):
+                whole = saved._replace(inputs=_at(inputs, None))
+                d_hidden, *others = sparse.backward(upstream, whole, choice.blocks, need, workspace_bytes)
             d_hidden = None if d_hidden is None else join(d_hidden)
             return Gradients(d_hidden, *others, choice.kept_fraction, choice.error_bound)
     rows = _indices(_moving(grad_logps, grad_entropy, keep))
     if n == 0 or (rows is not None and len(rows) == 0):
-        leaves = (saved.hidden, saved.weight, saved.bias)
+        leaves = (inputs.hidden, inputs.weight, inputs.bias)
         return Gradients(*(torch.zeros_like(t) if wanted else None for t, wanted in zip(leaves, need, strict=True)))
-    part = HeadSaved(
-        _unit_stride(_take(saved.hidden, rows)),
-        _unit_stride(saved.weight),
-        _take(saved.targets, rows).contiguous(),
-        None if saved.bias is None else saved.bias.contiguous(),
-        _take(saved.logps, rows),
-        _take(saved.row_max, rows),
-        _take(saved.row_sum, rows),
-        None if grad_entropy is None else _take(saved.entropy, rows),
-        _take(saved.row_argmax, rows),
-    )
-    with _full_precision(saved.hidden):
-        d_hidden, d_weight, d_bias = load_backend(backend).backward(
-            _take(grad_logps, rows).contiguous(),
-            None if grad_entropy is None else _take(grad_entropy, rows).contiguous(),
-            part,
-            spec,
-            **options,
-        )
+    vectors = (grad_logps, grad_entropy, saved.logps, saved.row_max, saved.row_sum, saved.entropy, saved.row_argmax)
+    with _full_precision(inputs.hidden):
+        c, g, *statistics = (None if t is None else _take(t, rows).contiguous() for t in vectors)
+        part = HeadSaved(_at(inputs, rows), *statistics)
+        d_hidden, d_weight, d_bias = load_backend(backend).backward(c, g, part, need, workspace_bytes)
     if d_hidden is not None:
-        d_hidden = _spread(join(d_hidden), rows, n) if mass is None else join(_spread(d_hidden, rows, n))
+        d_hidden = join(_spread(d_hidden, rows, n)) if saved.mass is not None else _spread(join(d_hidden), rows, n)
     return Gradients(d_hidden, d_weight, d_bias)
 
 

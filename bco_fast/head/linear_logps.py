@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import autograd
 from .tiling import smallest_workspace
-from .types import Backend, HeadOptions, HeadSpec, HeadStats
+from .types import Backend, HeadInputs, HeadOptions, HeadSpec, HeadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +50,8 @@ def fused_linear_logps(
 
     Args:
         hidden: last hidden states; float32, bfloat16, float16 or float64; any leading shape.
-        weight: lm-head weight, the dtype and device of hidden. Autocast casts both to its dtype.
+        weight: lm-head weight, the dtype and device of hidden. Autocast casts hidden, and float32 weights chunk by chunk:
+            no second copy of them exists, and their gradient is float32, unrounded.
         targets: token ids in [0, V), or `ignore_index`; the leading shape of hidden.
         bias: lm-head bias. -inf masks a token out of the vocabulary.
         logit_scale: multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling); finite, not 0.
@@ -120,40 +121,37 @@ def head_logps(
         entropy_grad: False where the entropy is only read: it then carries no gradient, and a frozen head saves
             nothing to recompute it from.
     """
-    device = hidden.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        lower = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(lower), weight.to(lower)
-        bias = None if bias is None else bias.to(lower)
-    _check_tensors(hidden, weight, targets, bias)
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
+    if autocast:
+        lower = torch.get_autocast_dtype(hidden.device.type)
+        hidden = hidden.to(lower)
+        if weight.dtype != torch.float32:  # float32 master weights are cast chunk by chunk
+            weight = weight.to(lower)
+    _check_tensors(hidden, weight, targets, bias, autocast)
+    spec.check()
     smallest = smallest_workspace(weight.shape[1], sparse=options.sparse_tolerance > 0.0)
     if options.workspace_bytes < smallest:
         raise ValueError(f"workspace_bytes must be at least {smallest} (one small tile), not {options.workspace_bytes}")
-    spec = HeadSpec(
-        float(spec.logit_scale), None if spec.softcap is None else float(spec.softcap), float(spec.temperature)
-    )
-    spec.check()
-    flat = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), bias, spec, options
+    scale, softcap, temperature = spec
+    spec = HeadSpec(float(scale), None if softcap is None else float(softcap), float(temperature))
+    inputs = HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), bias, spec)
+    how = {"ignore_index": ignore_index, "entropy": return_entropy}
     if process_group is None:
-        logps, entropy = autograd.linear_logps(
-            *flat, ignore_index=ignore_index, entropy=return_entropy, entropy_grad=entropy_grad
-        )
+        logps, entropy = autograd.linear_logps(inputs, options, entropy_grad=entropy_grad, **how)
     else:
         from . import vocab_parallel
 
-        logps, entropy = vocab_parallel.linear_logps(
-            *flat, ignore_index=ignore_index, entropy=return_entropy, group=process_group
-        )
+        logps, entropy = vocab_parallel.linear_logps(inputs, options, group=process_group, **how)
     logps = logps.view(targets.shape)
     if not return_entropy:
         return logps
     return logps, (entropy if entropy_grad else entropy.detach()).view(targets.shape)
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, autocast: bool) -> None:
     if hidden.dtype not in _FLOATS:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, not {hidden.dtype}")
-    if weight.dtype != hidden.dtype:
+    if weight.dtype != hidden.dtype and not (autocast and weight.dtype == torch.float32):
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them")
     if targets.dtype not in _INDEX_DTYPES:
         raise TypeError(f"targets must be int64 or int32 token ids, not {targets.dtype}")

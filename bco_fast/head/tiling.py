@@ -12,6 +12,12 @@ CPU_COLUMNS = 512
 CPU_TILE_BYTES = 4 << 20
 # Fewer columns starve a GPU's matmuls; rows are cut instead.
 GPU_COLUMNS = 4096
+# Rows of a tile start at multiples of 16 bytes only if the width is even enough: cuBLAS has no kernel for unaligned bf16 on
+# sm_90, and Triton would load single numbers. 512 columns also make whole waves of cuBLAS's tiles.
+GPU_STEP = 512
+# Without a gradient of the weight, tall tiles only repeat the traffic of sums [N, D]: 2048 rows x 16384 columns pass over
+# them a quarter as often as 8192 x 5120. A row of 16384 is what a program of the row kernel holds in registers.
+GPU_ROWS, GPU_MOST_COLUMNS = 2048, 16384
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +39,7 @@ def slices(total: int, step: int) -> Iterator[slice]:
 
 def tile_shape(
     hidden: Tensor,  # [N, D]
-    v: int,
+    weight: Tensor,  # [V, D]
     workspace_bytes: int,
     *,
     tiles: float,
@@ -50,20 +56,23 @@ def tile_shape(
         sums: a product [columns, D] is written, and added to once the rows are cut.
         adds_in_place: such additions take no memory.
     """
-    n, d = hidden.shape
-    item = accumulator_dtype(hidden.dtype).itemsize
-    low = hidden.dtype.itemsize < item
-    logit, row, column, cut = item * tiles, item * d * product, 0, item * d * sums
+    (n, d), v = hidden.shape, len(weight)
+    item, given = accumulator_dtype(hidden.dtype).itemsize, hidden.dtype.itemsize
+    cast = given * d * (weight.dtype != hidden.dtype)  # a chunk of a float32 weight under autocast
+    logit, row, column, cut = item * tiles, item * d * product, cast, item * d * sums
+    unit = step
     if hidden.device.type == "cpu":  # low-precision weights are converted, and a slice of dW is allocated
         rows = min(n, CPU_TILE_BYTES // item // CPU_COLUMNS)
         columns = max(CPU_COLUMNS, CPU_TILE_BYTES // item // rows)
-        column = item * d * (sums + low)
+        column += item * d * (sums + (given < item))
     else:  # the tile is converted
-        rows = n
-        logit += hidden.dtype.itemsize * (low and (product or sums))
-        columns = max(GPU_COLUMNS, int(workspace_bytes / (logit * rows)))
+        unit = max(step, GPU_STEP)
+        rows = min(n, GPU_ROWS) if product and not sums else n
+        logit += given * (given < item and (product or sums))
+        columns = max(GPU_COLUMNS, int(workspace_bytes / (logit * rows)) // unit * unit)
+        columns = min(columns, GPU_MOST_COLUMNS) if product and not sums else columns
         row, cut = row * (not adds_in_place), cut * (1 if adds_in_place else 2)
-    columns = -(-min(columns, v) // step) * step
+    columns = -(-min(columns, v) // unit) * unit
 
     def used() -> float:
         return logit * rows * columns + row * rows + (column + (cut if rows < n else 0)) * columns
@@ -72,5 +81,6 @@ def tile_shape(
         if rows > columns or columns == step:
             rows = (rows + 1) // 2
         else:
-            columns = -(-columns // (2 * step)) * step
+            unit = unit if columns > unit else step
+            columns = -(-columns // (2 * unit)) * unit
     return rows, columns

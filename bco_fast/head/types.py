@@ -2,15 +2,13 @@
 
 A backend is a module of `backends/` with MASS_TILE, the columns of the vocabulary that share an entry of its mass table, and
 
-    forward(hidden, weight, targets, bias, spec, *, entropy, frozen, recompute, mass, workspace_bytes) -> HeadForward
-    backward(grad_logps, grad_entropy, saved, spec, *, need, workspace_bytes) -> (d_hidden, d_weight, d_bias)
+    forward(inputs, want, workspace_bytes) -> HeadForward
+    backward(grad_logps, grad_entropy, saved, need, workspace_bytes) -> gradients of hidden, weight, bias
 
-The module of the same name in `sparse/` has its backward for a choice of blocks:
+The module of the same name in `sparse/` has its backward for a choice of blocks (one row and MASS_TILE columns of the logits):
 
     break_even(dtype) -> kept fraction at which the dense backward becomes the faster one
-    backward(grad_logps, saved, spec, blocks, *, need, workspace_bytes) -> (d_hidden, d_weight, d_bias)
-
-A block is one row and MASS_TILE columns of the logits.
+    backward(grad_logps, saved, blocks, need, workspace_bytes) -> gradients of hidden, weight, bias
 """
 
 from __future__ import annotations
@@ -95,14 +93,31 @@ class HeadSpec(NamedTuple):
             raise ValueError(f"temperature must be > 0, not {self.temperature}")
 
 
+class HeadInputs(NamedTuple):
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D], the dtype of hidden; under autocast also float32
+    targets: Tensor  # [N] int64; a row whose target is outside [0, V) gets NaN
+    bias: Tensor | None  # [V]
+    spec: HeadSpec
+
+
+class HeadWant(NamedTuple):
+    """What the forward computes beside logps."""
+
+    entropy: bool = False
+    frozen: bool = False  # d logp / d hidden, so that the backward is one multiplication
+    recompute: bool = True  # what a backward needs that computes the logits again
+    mass: bool = False
+
+
 class HeadForward(NamedTuple):
     logps: Tensor  # [N]
     entropy: Tensor | None  # [N]
     row_max: Tensor  # [N]
     row_sum: Tensor  # [N], of exp(z - row_max)
-    dlogp_dhidden: Tensor | None  # [N, D]
-    target_logits: Tensor  # [N]; NaN (0 from the fused kernel) where the target is outside [0, V)
     row_argmax: Tensor  # [N] int64, the column of row_max; -1 where no backward will read it
+    target_logits: Tensor  # [N]; NaN (0 from the fused kernel) where the target is outside [0, V)
+    dlogp_dhidden: Tensor | None = None  # [N, D]
     mass: Tensor | None = None
     """[N, T = V / MASS_TILE], sum of p_k f_k over the columns; f is the derivative of the softcap, 1 without one."""
 
@@ -110,15 +125,17 @@ class HeadForward(NamedTuple):
 class HeadSaved(NamedTuple):
     """What the backward recomputes from."""
 
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [N]
-    bias: Tensor | None  # [V]
+    inputs: HeadInputs
     logps: Tensor  # [N]
     row_max: Tensor  # [N]
     row_sum: Tensor  # [N]
     entropy: Tensor | None  # [N]
     row_argmax: Tensor  # [N] int64; -1 for nowhere
+    mass: Tensor | None = None  # [N, T]
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden [N, D], weight [V, D] and bias [V]."""
 
 
 class HeadNeed(NamedTuple):

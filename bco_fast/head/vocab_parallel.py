@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from .autograd import is_trainable
 from .tiling import accumulator_dtype
-from .types import HeadNeed, HeadOptions, HeadSaved, HeadSpec
+from .types import HeadInputs, HeadNeed, HeadOptions, HeadSaved, HeadSpec, HeadWant
 
 
 @functools.cache
@@ -53,11 +53,9 @@ class _VocabParallelLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, bias, keep, call: _Call):
         # hidden [N, D], targets [N] in this rank's own numbering (-1 where foreign), keep [N] bool: not ignored
         entropy, group = call.entropy, call.group
-        out = dispatch.forward(
-            call.backend, hidden, weight, targets, bias, keep, call.spec,
-            entropy=entropy, frozen=False, recompute=True, mass=call.tolerance > 0.0,
-            workspace_bytes=call.options.workspace_bytes,
-        )  # fmt: skip
+        inputs = HeadInputs(hidden, weight, targets, bias, call.spec)
+        want = HeadWant(entropy, mass=call.tolerance > 0.0)
+        out = dispatch.forward(call.backend, inputs, keep, want, call.options.workspace_bytes)
         keep_or_all = torch.ones_like(targets, dtype=torch.bool) if keep is None else keep
         logit = torch.where(keep_or_all & (targets >= 0), out.target_logits, 0.0)
         u = torch.zeros_like(logit) if out.entropy is None else out.row_sum * (out.row_sum.log() - out.entropy)
@@ -75,14 +73,16 @@ class _VocabParallelLogps(torch.autograd.Function):
         mass = out.mass
         if mass is not None:  # of this shard's sum -> of the whole
             mass *= ((out.row_max - row_max).exp() * out.row_sum / row_sum).nan_to_num(nan=0.0)[:, None]
-        ctx.save_for_backward(hidden, weight, targets, bias, logps, row_max, row_sum, h, argmax, keep, mass)
+        ctx.save_for_backward(
+            hidden, weight, targets, bias, logps, row_max, row_sum, h if entropy else None, argmax, mass, keep
+        )
         ctx.call = call
         return logps, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        *saved, keep, mass = ctx.saved_tensors
+        *saved, keep = ctx.saved_tensors
         grads: list = [None] * 6
         call = ctx.call
         if grad_logps is None and grad_entropy is None:
@@ -98,12 +98,10 @@ class _VocabParallelLogps(torch.autograd.Function):
             call.backend,
             grad_logps,
             grad_entropy,
-            HeadSaved(*saved),
+            HeadSaved(HeadInputs(*saved[:4], call.spec), *saved[4:]),
             keep,
-            call.spec,
-            need=HeadNeed(needs[0], needs[1], needs[3]),
-            workspace_bytes=call.options.workspace_bytes,
-            mass=mass,
+            HeadNeed(needs[0], needs[1], needs[3]),
+            call.options.workspace_bytes,
             tolerance=call.tolerance,
             join_hidden=join_hidden,
         )
@@ -114,23 +112,19 @@ class _VocabParallelLogps(torch.autograd.Function):
 
 
 def linear_logps(
-    hidden: Tensor,  # [N, D], the same on all ranks
-    weight: Tensor,  # [V of this rank, D]
-    targets: Tensor,  # [N], ids of the whole vocabulary, the same on all ranks
-    bias: Tensor | None,  # [V of this rank]
-    spec: HeadSpec,
-    options: HeadOptions,
-    *,
-    ignore_index: int | None,
-    entropy: bool,
-    group: dist.ProcessGroup,
+    inputs: HeadInputs, options: HeadOptions, *, ignore_index: int | None, entropy: bool, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor | None]:
-    """logps [N] and entropy [N], the same on all ranks. Each rank keeps the sparse bound on its own shard."""
+    """logps [N] and entropy [N], the same on all ranks.
+
+    weight and bias are this rank's shard; hidden and targets, ids of the whole vocabulary, are the same on all ranks.
+    Each rank keeps the sparse bound on its own shard.
+    """
+    hidden, weight, targets, bias, spec = inputs
     backend = dispatch.resolve_backend(options.backend, hidden.device)
     if backend == "reference":
         raise ValueError("backend='reference' holds the whole vocabulary; it takes no process_group")
     first, total = _shard(group, weight.shape[0], hidden.device)
-    dispatch.check_values(hidden, weight, targets, bias, ignore_index, vocabulary=total)
+    dispatch.check_values(inputs, ignore_index, vocabulary=total)
     keep = dispatch.kept(targets, ignore_index)
     own = targets - first
     own = torch.where((own >= 0) & (own < weight.shape[0]), own, -1)

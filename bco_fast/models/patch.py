@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..head.linear_logps import fused_linear_logps
-from ..head.types import Backend, HeadOptions, HeadStats
+from ..head.linear_logps import head_logps
+from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
 from .attention import base_attention, knows_segments, segment_mask
 
 TARGETS = "logp_targets"
@@ -58,19 +58,11 @@ class _LogpLinear(nn.Linear):
         ignore_index: int | None = -100
         if call.rows is not None:  # every row is asked for, so nothing has to be searched
             hidden, ignore_index = hidden.flatten(0, -2).index_select(0, call.rows), None
-        out = fused_linear_logps(
-            hidden,
-            self.weight,
-            call.targets,
-            bias=self.bias,
-            logit_scale=call.logit_scale,
-            softcap=call.softcap,
-            ignore_index=ignore_index,
-            return_entropy=call.entropy,
-            **vars(call.options),
-        )
-        # A gradient of 0 through the entropy would cost as much as any other.
-        return torch.stack((out[0], out[1].detach()), dim=-1) if call.entropy else out
+        spec = HeadSpec(call.logit_scale, call.softcap)
+        # The entropy is only read: a gradient of 0 through it would cost as much as any other.
+        how = {"ignore_index": ignore_index, "return_entropy": call.entropy, "entropy_grad": False}
+        out = head_logps(hidden, self.weight, call.targets, self.bias, spec, call.options, **how)
+        return torch.stack(out, dim=-1) if call.entropy else out
 
 
 def _move_post_head(model: nn.Module, call: _HeadCall) -> None:

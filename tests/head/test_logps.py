@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bco_fast import HeadStats, fused_linear_logps
 from bco_fast.head.linear_logps import head_logps
-from bco_fast.head.types import HeadNeed, HeadOptions, HeadSaved, HeadSpec
+from bco_fast.head.types import HeadInputs, HeadNeed, HeadOptions, HeadSaved, HeadSpec, HeadWant
 
 BACKENDS = ["torch", "triton", "triton fold"]
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -154,10 +154,8 @@ def test_the_mass_of_each_256_wide_tile(method, softcap):
     from bco_fast.head.backends import triton as backend
 
     c = case(20, 1100, 16, ignored=0.0, center=5.0)
-    out = backend.forward(
-        c.hidden.float(), c.weight.float(), c.targets, None, HeadSpec(1.0, softcap, 1.0),
-        entropy=False, frozen=False, mass=True, method=method, workspace_bytes=100_000,
-    )  # fmt: skip
+    inputs = HeadInputs(c.hidden.float(), c.weight.float(), c.targets, None, HeadSpec(softcap=softcap))
+    out = backend.forward(inputs, HeadWant(mass=True), 100_000, method=method)
     z = c.hidden @ c.weight.T
     softcap_grad = torch.ones_like(z)
     if softcap:
@@ -295,19 +293,17 @@ def test_the_workspace_is_a_hard_cap(way, d, workspace, options, request):
     targets, upstream = c.targets.to(DEVICE), c.upstream.float().to(DEVICE)
     grad_entropy = c.upstream_entropy.float().to(DEVICE) if full else None
     spec = HeadSpec(c.options.get("logit_scale", 1.0), c.options.get("softcap"), c.options.get("temperature", 1.0))
+    inputs = HeadInputs(hidden, weight, targets, bias, spec)
     beside = 4 * n * d * (1 + (dtype == torch.bfloat16 and DEVICE == "cpu")) + 64 * n
     for frozen in (True, False):
         with PeakBytes() as memory:
-            out = module.forward(
-                hidden, weight, targets, bias, spec,
-                entropy=full, frozen=frozen, workspace_bytes=workspace, **method,
-            )  # fmt: skip
+            out = module.forward(inputs, HeadWant(full, frozen), workspace, **method)
         assert memory.peak > 0
         assert memory.peak <= workspace + _bytes(out) + beside, frozen
-    saved = HeadSaved(hidden, weight, targets, bias, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax)
+    saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax)
     for need in (HeadNeed(True, True, True), HeadNeed(True, False, False), HeadNeed(False, True, False)):
         with PeakBytes() as memory:
-            grads = module.backward(upstream, grad_entropy, saved, spec, need=need, workspace_bytes=workspace)
+            grads = module.backward(upstream, grad_entropy, saved, need, workspace)
         assert memory.peak > _bytes(grads)
         assert memory.peak <= workspace + _bytes(grads) + beside, need
 
@@ -526,10 +522,9 @@ def test_an_unknown_backend_is_named():
 def test_the_kernels_give_nan_for_a_foreign_target(module, method, frozen):
     """Behind the host's checks, as on a GPU: no foreign memory is read and the row shows."""
     targets = torch.tensor([1, 50, -7, 2**62])
-    out = importlib.import_module(f"bco_fast.head.backends.{module}").forward(
-        torch.randn(4, 8), torch.randn(20, 8), targets, None, HeadSpec(1.0, None, 1.0),
-        entropy=False, frozen=frozen, workspace_bytes=1 << 20, **method,
-    )  # fmt: skip
+    inputs = HeadInputs(torch.randn(4, 8), torch.randn(20, 8), targets, None, HeadSpec())
+    backend = importlib.import_module(f"bco_fast.head.backends.{module}")
+    out = backend.forward(inputs, HeadWant(frozen=frozen), 1 << 20, **method)
     assert out.logps.isnan().tolist() == [False, True, True, True]
     if frozen:
         assert out.dlogp_dhidden.isnan().all(1).tolist() == [False, True, True, True]

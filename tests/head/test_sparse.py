@@ -12,7 +12,7 @@ from test_logps import BACKENDS, DEVICE, PeakBytes, _bytes
 from bco_fast import HeadStats, fused_linear_logps
 from bco_fast.head.dispatch import load_backend, load_sparse
 from bco_fast.head.sparse.choose import choose_blocks
-from bco_fast.head.types import HeadNeed, HeadSaved, HeadSpec
+from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
 
 KINDS = ("flat", "peaked", "one-hot", "heavy-tailed", "certain target", "adversarial upstream")
 TAUS = (2.0**-9, 2.0**-7, 2.0**-5, 0.25)
@@ -138,16 +138,14 @@ def test_the_same_bits_whatever_the_workspace_holds(backend, always):
 def _chosen(made: Case, tau: float, **kwargs):
     """Choice, mass and |c| of a case, by the torch backend's own forward."""
     module = load_backend("torch")
-    spec = HeadSpec(1.0, None, 1.0)
     hidden, weight, upstream = made.hidden.float(), made.weight.float(), made.upstream.float()
     upstream = torch.where(made.targets >= 0, upstream, 0.0)
     targets = made.targets.clamp_min(0)
-    out = module.forward(
-        hidden, weight, targets, None, spec, entropy=False, frozen=False, mass=True, workspace_bytes=1 << 22
-    )
-    saved = HeadSaved(hidden, weight, targets, None, out.logps, out.row_max, out.row_sum, None, out.row_argmax)
+    inputs = HeadInputs(hidden, weight, targets, None, HeadSpec())
+    out = module.forward(inputs, HeadWant(mass=True), 1 << 22)
+    saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, None, out.row_argmax, out.mass)
     options = {"width": module.MASS_TILE, "sharded": False, "break_even": 1.1, "workspace_bytes": 1 << 22} | kwargs
-    return choose_blocks(upstream, saved, out.mass, spec, tau, **options), out.mass, upstream.abs(), saved
+    return choose_blocks(upstream, saved, tau, **options), out.mass, upstream.abs(), saved
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +155,7 @@ def test_the_histogram_finds_what_sorting_finds(kind, tau):
     made = _from_logits(kind, 90, 2000, 3)
     choice, mass, upstream, saved = _chosen(made, tau)
     weight = (upstream[:, None] * mass).double()
-    own = saved.targets // 64
+    own = saved.inputs.targets // 64
     weight[torch.arange(90), own] = 0.0
     total = 2 * (upstream.double() * -torch.expm1(saved.logps.double())).sum()
     sorted_weight = weight.flatten().sort().values
@@ -182,7 +180,7 @@ def test_target_blocks_stay_and_rows_without_gradient_cost_nothing():
     choice, mass, upstream, saved = _chosen(made, 0.5)
     kept = torch.zeros(mass.numel(), dtype=torch.bool).index_fill(0, _flat(choice, mass), True).view(mass.shape)
     moving = upstream != 0
-    assert kept[torch.arange(90), saved.targets // 64][moving].all()
+    assert kept[torch.arange(90), saved.inputs.targets // 64][moving].all()
     assert not kept[~moving].any()
     assert 0 < int(moving.sum()) < 90
     # No row loses more than the whole budget allows, however small its part in the total.
@@ -244,23 +242,17 @@ def test_mass_and_sparse_backward_stay_in_the_workspace(backend):
     hidden, weight, bias, upstream = (
         t.float().to(DEVICE) for t in (made.hidden, made.weight, made.bias, made.upstream)
     )
-    targets, spec, workspace = made.targets.to(DEVICE), HeadSpec(1.0, None, 1.0), 400_000
+    targets, workspace = made.targets.to(DEVICE), 400_000
+    inputs = HeadInputs(hidden, weight, targets, bias, HeadSpec())
     with PeakBytes() as memory:
-        out = module.forward(
-            hidden, weight, targets, bias, spec,
-            entropy=False, frozen=False, mass=True, workspace_bytes=workspace,
-        )  # fmt: skip
+        out = module.forward(inputs, HeadWant(mass=True), workspace)
     assert memory.peak <= workspace + 4 * _bytes([out.mass]) + _bytes(out) + 4 * 70 * 40 + 64 * 70
-    saved = HeadSaved(hidden, weight, targets, bias, out.logps, out.row_max, out.row_sum, None, out.row_argmax)
-    choice = choose_blocks(
-        upstream, saved, out.mass, spec, 0.01,
-        width=module.MASS_TILE, sharded=False, break_even=1.1, workspace_bytes=workspace,
-    )  # fmt: skip
+    saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, None, out.row_argmax, out.mass)
+    width = module.MASS_TILE
+    choice = choose_blocks(upstream, saved, 0.01, width=width, sharded=False, break_even=1.1, workspace_bytes=workspace)
     for need in (HeadNeed(True, True, True), HeadNeed(False, True, False), HeadNeed(True, False, True)):
         with PeakBytes() as memory:
-            grads = load_sparse(backend).backward(
-                upstream, saved, spec, choice.blocks, need=need, workspace_bytes=workspace
-            )
+            grads = load_sparse(backend).backward(upstream, saved, choice.blocks, need, workspace)
         beside = _bytes(grads) + 64 * (len(choice.blocks.rows) + 70) + 4 * 70 * 40
         assert _bytes(grads) < memory.peak <= workspace + beside, need
 

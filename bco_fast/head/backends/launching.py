@@ -40,11 +40,3 @@ def launch(kernel, grid: tuple[int, ...], config: configs.LaunchConfig, device: 
     arguments |= {name: size for name, size in blocks.items() if name in kernel.arg_names}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
-def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the kernels with a matmul read them. The interpreter multiplies the bit patterns of bf16 and truncates its
-    stores."""
-    if INTERPRETED and hidden.dtype.itemsize < 4:
-        return hidden.float(), weight.float()
-    return hidden, weight

@@ -43,9 +43,10 @@ def uses_onednn(a: Tensor) -> bool:
     return a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.enabled and _onednn_is_faster()
 
 
-def operand(x: Tensor) -> Tensor:
-    """x as the matmuls of its device read it: a CPU has no product of bf16 or fp16 with a float32 result."""
-    return x.to(accumulator_dtype(x.dtype)) if x.device.type == "cpu" else x
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, rounded to dtype, as the matmuls of its device read it: a CPU has no product of bf16 with a float32 result."""
+    x = x.to(dtype)
+    return x.to(accumulator_dtype(dtype)) if x.device.type == "cpu" else x
 
 
 def writes_into(a: Tensor, b: Tensor) -> bool:

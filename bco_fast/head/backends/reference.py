@@ -6,23 +6,19 @@ import torch
 from torch import Tensor
 
 from ..tiling import accumulator_dtype
-from ..types import HeadSpec
+from ..types import HeadInputs
 
 
-def linear_logps(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N] int64, in [0, V) where kept
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
-    *,
-    keep: Tensor | None,  # [N] bool; None for all
-) -> tuple[Tensor, Tensor]:
-    """logp of the targets and entropy of every row, both [N] and 0 where not kept; autograd sees every step."""
+def linear_logps(inputs: HeadInputs, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logp of the targets and entropy of every row, both [N] and 0 where not kept [N] bool (None: all are).
+
+    Autograd sees every step.
+    """
+    hidden, weight, targets, bias, spec = inputs
     if keep is None:
         keep = torch.ones_like(targets, dtype=torch.bool)
     hidden64 = torch.where(keep[:, None], hidden, 0.0).double()  # padding may hold anything, NaN too
-    logits = hidden64 @ weight.double().T  # [N, V]
+    logits = hidden64 @ weight.to(hidden.dtype).double().T  # [N, V]
     if bias is not None:
         logits = logits + bias.double()
     logits = logits * spec.logit_scale

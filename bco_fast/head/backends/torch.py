@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..types import HeadForward, HeadNeed, HeadSaved, HeadSpec
+from ..types import Grads, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
 from . import walk
 from .walk import Memory, Statistics
 
@@ -61,49 +61,38 @@ def _tile_sums(e: Tensor) -> Tensor:  # [R, C] -> [R, C / MASS_TILE]
     return sums if whole == e.shape[1] else torch.cat([sums, e[:, whole:].sum(1, keepdim=True)], 1)
 
 
-def forward(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]; a row whose target is outside [0, V) gets NaN
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
-    *,
-    entropy: bool,
-    frozen: bool,
-    recompute: bool = True,
-    mass: bool = False,
-    workspace_bytes: int,
-) -> HeadForward:
-    width = MASS_TILE if mass else None
-    seen = Statistics(hidden, targets, len(weight), entropy=entropy, frozen=frozen, mass_width=width)
-    fold = functools.partial(_fold, seen, bias, spec, recompute)
-    tiles = 1 + entropy + (spec.softcap is not None) + ARGMAX_ROWS * recompute
-    return walk.forward(hidden, weight, spec, seen, fold, tiles=tiles, workspace_bytes=workspace_bytes)
+def forward(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> HeadForward:
+    seen = Statistics(inputs, want, MASS_TILE)
+    tiles = 1 + want.entropy + (inputs.spec.softcap is not None) + ARGMAX_ROWS * want.recompute
+    fold = functools.partial(_fold, seen)
+    return walk.forward(seen, fold, _rescale, tiles=tiles, workspace_bytes=workspace_bytes)
+
+
+def _rescale(sums: Tensor, shrink: Tensor) -> None:
+    sums *= shrink[:, None]
 
 
 def _fold(
     seen: Statistics,
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
-    recompute: bool,
     z: Tensor,  # [R, C]; overwritten
     out: Tensor | None,  # [R, C]
     rows: slice,
     columns: slice,
     memory: Memory,
 ) -> Tensor | None:
+    _, _, targets, bias, spec = seen.inputs
     if bias is not None:
         z += bias[columns]
     softcap_grad = finish_logits(z, spec, memory)
-    inside, at = _columns_in(seen.targets[rows], columns)
+    inside, at = _columns_in(targets[rows], columns)
     seen.logits[rows] = torch.where(inside, z.gather(1, at)[:, 0], seen.logits[rows])
     before, highest = seen.row_max[rows], z.amax(1)
     m = torch.maximum(before, highest)
-    if recompute:
+    if seen.want.recompute:
         _note_argmax(z, highest > before, seen.argmax[rows], columns.start)
     shrink = torch.exp(before - _finite(m))
     z.sub_(_finite(m)[:, None])
-    if not seen.entropy:
+    if not seen.want.entropy:
         e = z.exp_()
     else:
         moved = torch.where(shrink == 0, 0.0, before - m)
@@ -116,7 +105,7 @@ def _fold(
         tiles = slice(columns.start // MASS_TILE, -(-columns.stop // MASS_TILE))
         sums = _tile_sums(e if softcap_grad is None else e.mul_(softcap_grad))
         seen.mass[rows, tiles] = sums.log_().add_(_finite(m)[:, None])
-    if seen.frozen:
+    if seen.want.frozen:
         e.scatter_(1, at, torch.where(inside[:, None], 0.0, e.gather(1, at)))
         seen.off_target[rows] = seen.off_target[rows] * shrink + e.sum(1)
         if softcap_grad is not None:
@@ -131,21 +120,18 @@ def backward(
     grad_logps: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
-    *,
     need: HeadNeed,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    tiles = 1 + (grad_entropy is not None) + (spec.softcap is not None)
-    dlogits = functools.partial(_dlogits, grad_logps, grad_entropy, saved, spec)
-    return walk.backward(saved, dlogits, need=need, tiles=tiles, workspace_bytes=workspace_bytes)
+) -> Grads:
+    tiles = 1 + (grad_entropy is not None) + (saved.inputs.spec.softcap is not None)
+    dlogits = functools.partial(_dlogits, grad_logps, grad_entropy, saved)
+    return walk.backward(saved, dlogits, need, tiles=tiles, workspace_bytes=workspace_bytes)
 
 
 def _dlogits(
     grad_logps: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
     z: Tensor,  # [R, C]; overwritten
     out: Tensor,  # [R, C]
     rows: slice,
@@ -153,8 +139,9 @@ def _dlogits(
     memory: Memory,
 ) -> None:
     """Gradient at the matmul's output: (c (1[k = y] - p) - g p (log p + H)) f scale / temperature."""
-    if saved.bias is not None:
-        z += saved.bias[columns]
+    _, _, targets, bias, spec = saved.inputs
+    if bias is not None:
+        z += bias[columns]
     softcap_grad = finish_logits(z, spec, memory)
     c = grad_logps[rows] * spec.logit_multiplier
     row_max, row_sum = saved.row_max[rows], saved.row_sum[rows]
@@ -175,7 +162,7 @@ def _dlogits(
     at_target = -torch.expm1(logp) * c
     if grad_entropy is not None:
         at_target -= g * logp.exp() * (logp + saved.entropy[rows])
-    inside, at = _columns_in(saved.targets[rows], columns)
+    inside, at = _columns_in(targets[rows], columns)
     z.scatter_(1, at, torch.where(inside, at_target, z.gather(1, at)[:, 0])[:, None])
     if softcap_grad is not None:
         z *= softcap_grad

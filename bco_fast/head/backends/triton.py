@@ -19,7 +19,7 @@ from ...kernels.fold_logits import fold_logits_kernel
 from ...kernels.head_backward import dlogits_kernel
 from ...kernels.head_logps import head_logps_kernel, merge_splits_kernel
 from ..tiling import accumulator_dtype
-from ..types import HeadForward, HeadNeed, HeadSaved, HeadSpec
+from ..types import Grads, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant
 from . import walk
 from .launching import INTERPRETED, TRITON_DTYPE, constants, here, launch
 from .walk import Memory, Statistics
@@ -46,28 +46,21 @@ def _capability(device: torch.device) -> int:
 
 
 def forward(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]; a row whose target is outside [0, V) gets NaN
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
-    *,
-    entropy: bool,
-    frozen: bool,
-    recompute: bool = True,  # the kernels find the column of the maximum in any case
-    mass: bool = False,
-    workspace_bytes: int,
-    method: Literal["fused", "fold"] | None = None,
+    inputs: HeadInputs, want: HeadWant, workspace_bytes: int, method: Literal["fused", "fold"] | None = None
 ) -> HeadForward:
+    hidden, weight = inputs.hidden, inputs.weight
     if method is None:
         method = configs.forward_method(_capability(hidden.device), hidden.dtype.itemsize, hidden.shape[1])
-    if method == "fused" and not frozen:
-        return _forward_fused(hidden, weight, targets, bias, spec, entropy, mass, workspace_bytes)
-    width = here(configs.FOLD_LOGITS).block_v if mass else None
-    seen = Statistics(hidden, targets, len(weight), entropy=entropy, frozen=frozen, mass_width=width)
-    fold = functools.partial(_fold, seen, bias, spec)
-    out = walk.forward(hidden, weight, spec, seen, fold, tiles=1, workspace_bytes=workspace_bytes)
-    return out._replace(mass=_group_masses(out.mass, width)) if mass else out
+    if method == "fused" and not want.frozen and weight.dtype == hidden.dtype:  # the walk casts a weight by chunks
+        return _forward_fused(inputs, want, workspace_bytes)
+    width = here(configs.FOLD_LOGITS).block_v
+    seen = Statistics(inputs, want, width)
+    out = walk.forward(seen, functools.partial(_fold, seen), _rescale, tiles=1, workspace_bytes=workspace_bytes)
+    return out._replace(mass=_group_masses(out.mass, width)) if want.mass else out
+
+
+def _rescale(sums: Tensor, shrink: Tensor) -> None:
+    sums *= shrink[:, None]
 
 
 def _group_masses(shares: Tensor, width: int) -> Tensor:
@@ -84,17 +77,10 @@ def _splits(row_blocks: int, column_blocks: int, device: torch.device, most: int
     return max(1, min(column_blocks, triton.cdiv(4 * processors, row_blocks), 65535, most))
 
 
-def _forward_fused(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
-    entropy: bool,
-    mass: bool,
-    workspace_bytes: int,
-) -> HeadForward:
+def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> HeadForward:
+    hidden, weight, targets, bias, spec = inputs
     (n, d), v, device = hidden.shape, len(weight), hidden.device
+    entropy, mass = want.entropy, want.mass
     dtype = accumulator_dtype(hidden.dtype)
     extras = entropy or mass or bias is not None or spec.softcap is not None
     config = here(configs.head_logps(hidden.dtype.itemsize, extras=extras))
@@ -122,29 +108,28 @@ def _forward_fused(
     )  # fmt: skip
     if mass:
         masses = _group_masses(masses.sub_((row_max + row_sum.log())[:, None]).exp_(), config.block_v)
-    return HeadForward(logps, h if entropy else None, row_max, row_sum, None, logits, argmax, masses)
+    return HeadForward(logps, h if entropy else None, row_max, row_sum, argmax, logits, None, masses)
 
 
 def _fold(
     seen: Statistics,
-    bias: Tensor | None,  # [V]
-    spec: HeadSpec,
     tile: Tensor,  # [R, C]
     out: Tensor | None,  # [R, C]
     rows: slice,
     columns: slice,
     memory: Memory,
 ) -> Tensor | None:
+    _, weight, targets, bias, spec = seen.inputs
     config = here(configs.FOLD_LOGITS)
     r, c = tile.shape
     state, mass = seen.state[:, rows], None if seen.mass is None else seen.mass[rows]
     launch(
         fold_logits_kernel, (triton.cdiv(r, config.block_n),), config, tile.device,
-        tile_ptr=tile, target_ptr=seen.targets[rows], state_ptr=state, argmax_ptr=seen.argmax[rows],
+        tile_ptr=tile, target_ptr=targets[rows], state_ptr=state, argmax_ptr=seen.argmax[rows],
         mass_ptr=mass, out_ptr=out,
-        N=r, V=seen.v, FIRST=columns.start, C=c, STATE=state.stride(0), stride_tn=tile.stride(0),
+        N=r, V=len(weight), FIRST=columns.start, C=c, STATE=state.stride(0), stride_tn=tile.stride(0),
         stride_on=0 if out is None else out.stride(0), stride_mn=0 if mass is None else mass.stride(0),
-        HAS_ENTROPY=seen.entropy, HAS_MASS=mass is not None, HAS_OUT=out is not None, **constants(spec, bias),
+        HAS_ENTROPY=seen.want.entropy, HAS_MASS=mass is not None, HAS_OUT=out is not None, **constants(spec, bias),
     )  # fmt: skip
     return out
 
@@ -153,35 +138,33 @@ def backward(
     grad_logps: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
-    *,
     need: HeadNeed,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dlogits = functools.partial(_dlogits, grad_logps, grad_entropy, saved, spec)
-    return walk.backward(saved, dlogits, need=need, tiles=1, workspace_bytes=workspace_bytes)
+) -> Grads:
+    dlogits = functools.partial(_dlogits, grad_logps, grad_entropy, saved)
+    return walk.backward(saved, dlogits, need, tiles=1, workspace_bytes=workspace_bytes)
 
 
 def _dlogits(
     grad_logps: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
     tile: Tensor,  # [R, C]
     out: Tensor,  # [R, C], may be the tile
     rows: slice,
     columns: slice,
     memory: Memory,
 ) -> None:
+    _, weight, targets, bias, spec = saved.inputs
     config = here(configs.DLOGITS)
     r, c = tile.shape
     second = grad_entropy is not None
     launch(
         dlogits_kernel, (triton.cdiv(r, config.block_n), triton.cdiv(c, config.block_v)), config, tile.device,
-        tile_ptr=tile, out_ptr=out, target_ptr=saved.targets[rows], logp_ptr=saved.logps[rows],
+        tile_ptr=tile, out_ptr=out, target_ptr=targets[rows], logp_ptr=saved.logps[rows],
         row_max_ptr=saved.row_max[rows], row_sum_ptr=saved.row_sum[rows], argmax_ptr=saved.row_argmax[rows],
         entropy_ptr=saved.entropy[rows] if second else None, grad_logp_ptr=grad_logps[rows],
         grad_entropy_ptr=grad_entropy[rows] if second else None,
-        N=r, V=len(saved.weight), FIRST=columns.start, C=c, stride_tn=tile.stride(0), stride_on=out.stride(0),
-        HAS_GRAD_ENTROPY=second, **constants(spec, saved.bias),
+        N=r, V=len(weight), FIRST=columns.start, C=c, stride_tn=tile.stride(0), stride_on=out.stride(0),
+        HAS_GRAD_ENTROPY=second, **constants(spec, bias),
     )  # fmt: skip

@@ -13,24 +13,27 @@ import torch
 from torch import Tensor
 
 from ..tiling import accumulator_dtype, slices, tile_shape
-from ..types import HeadForward, HeadNeed, HeadSaved, HeadSpec
+from ..types import Grads, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant
 from .products import add_matmul, adds_in_place, matmul, operand, uses_onednn, writes_into
 
 
 class Memory:
     """Matrices that every tile needs anew, allocated once: the C library returns freed pages of 4 MiB to the system, and
-    fetching them again took 10 to 45 % of a step."""
+    fetching them again took 10 to 45 % of a step. On a GPU their rows are aligned, also those of a ragged last chunk."""
 
-    def __init__(self, like: Tensor):
-        self.like, self.flat = like, {}
+    def __init__(self, like: Tensor, most_columns: int = 0):
+        self.like, self.most_columns, self.flat = like, most_columns, {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         """[rows, columns], in the accumulator's dtype by default; holds what was written last under that name."""
-        size = rows * columns
+        stride = columns
+        if self.like.device.type != "cpu":
+            stride = max(columns, min(-(-columns // 64) * 64, self.most_columns))
+        size = rows * stride
         if name not in self.flat or len(self.flat[name]) < size:
             self.flat.pop(name, None)
             self.flat[name] = self.like.new_empty(size, dtype=dtype or accumulator_dtype(self.like.dtype))
-        return self.flat[name][:size].view(rows, columns)
+        return self.flat[name][:size].view(rows, stride)[:, :columns]
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, in memory that the next product overwrites where the matmul allows it."""
@@ -44,27 +47,24 @@ class Memory:
 class Statistics:
     """What the forward knows of each row after some tiles."""
 
-    def __init__(self, hidden: Tensor, targets: Tensor, v: int, *, entropy: bool, frozen: bool, mass_width: int | None):
-        n, dtype = len(targets), accumulator_dtype(hidden.dtype)
-        self.targets, self.v, self.entropy, self.frozen, self.mass_width = targets, v, entropy, frozen, mass_width
-        self.state = hidden.new_zeros((7, n), dtype=dtype)
+    def __init__(self, inputs: HeadInputs, want: HeadWant, mass_width: int):
+        hidden, n, v = inputs.hidden, len(inputs.targets), len(inputs.weight)
+        self.inputs, self.want, self.mass_width = inputs, want, mass_width
+        self.state = hidden.new_zeros((7, n), dtype=accumulator_dtype(hidden.dtype))
         # max; sum of e^(z - max); target's logit; sum of (z - max) e^(z - max); row_sum without the target's own term;
         # derivative of the softcap at the target; e^(max before the last tile - max)
         self.row_max, self.row_sum, self.logits, self.u, self.off_target, self.softcap_grad, self.shrink = self.state
         self.row_max.fill_(float("-inf"))
         self.softcap_grad.fill_(1.0)
-        self.argmax = torch.full_like(targets, -1)
-        self.mass = None  # log of sum of e^z f over mass_width columns
-        if mass_width is not None:
-            self.mass = hidden.new_empty((n, -(-v // mass_width)), dtype=dtype)
+        self.argmax = torch.full_like(inputs.targets, -1)
+        # log of the sum of e^z f over mass_width columns
+        self.mass = self.state.new_empty((n, -(-v // mass_width))) if want.mass else None
 
 
 def forward(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    spec: HeadSpec,
     seen: Statistics,
     fold: Callable[[Tensor, Tensor | None, slice, slice, Memory], Tensor | None],
+    rescale: Callable[[Tensor, Tensor], None],
     *,
     tiles: float,
     workspace_bytes: int,
@@ -72,80 +72,77 @@ def forward(
     """`fold(z, out, rows, columns, memory)` adds a tile z [R, C] of hidden @ weight.T to the statistics.
 
     With a frozen head it returns e^(z - max) f, 0 at the target, in out or another tensor of its dtype; f is the
-    derivative of the softcap, or 1.
+    derivative of the softcap, or 1. `rescale(sums, shrink)` multiplies the rows of sums [R, D] by shrink [R].
     """
-    n, v, frozen = len(hidden), len(weight), seen.frozen
+    (hidden, weight, targets, _, _), want = seen.inputs, seen.want
+    n, v, frozen = len(hidden), len(weight), want.frozen
     tile_rows, tile_columns = tile_shape(
-        hidden, v, workspace_bytes, tiles=tiles, product=frozen, sums=False,
-        adds_in_place=not frozen or adds_in_place(hidden.device, hidden.dtype), step=seen.mass_width or 1,
+        hidden, weight, workspace_bytes, tiles=tiles, product=frozen, sums=False,
+        adds_in_place=not frozen or adds_in_place(hidden.device, hidden.dtype), step=seen.mass_width if want.mass else 1,
     )  # fmt: skip
     weight_sum = hidden.new_zeros(hidden.shape, dtype=seen.state.dtype) if frozen else None
-    rows_of, memory = operand(hidden), Memory(hidden)
+    rows_of, memory = operand(hidden, hidden.dtype), Memory(hidden, tile_columns)
     for columns in slices(v, tile_columns):
-        chunk = operand(weight[columns])
+        chunk = operand(weight[columns], hidden.dtype)
         for rows in slices(n, tile_rows):
             z = memory.product(rows_of[rows], chunk.T)
             out = memory.successor(z, chunk.dtype) if frozen else None
             out = fold(z, out, rows, columns, memory)
             if frozen:
-                add_matmul(weight_sum[rows].mul_(seen.shrink[rows, None]), out, chunk)
+                rescale(weight_sum[rows], seen.shrink[rows])
+                add_matmul(weight_sum[rows], out, chunk)
             z = out = None  # else they would exist beside the next tile
         chunk = None
     memory = rows_of = None  # else they would exist beside the target's rows of the weight
     log_sum = seen.row_sum.log()
-    logits = torch.where((seen.targets < 0) | (seen.targets >= v), float("nan"), seen.logits)
+    logits = torch.where((targets < 0) | (targets >= v), float("nan"), seen.logits)
     return HeadForward(
         (logits - seen.row_max) - log_sum,
-        log_sum - seen.u / seen.row_sum if seen.entropy else None,
+        log_sum - seen.u / seen.row_sum if want.entropy else None,
         seen.row_max.clone(),  # outputs of an operator may not share memory
         seen.row_sum.clone(),
-        _dlogp_dhidden(weight_sum, weight, seen, spec, workspace_bytes).to(hidden.dtype) if frozen else None,
-        logits,
         seen.argmax,
+        logits,
+        _dlogp_dhidden(weight_sum, seen, workspace_bytes).to(hidden.dtype) if frozen else None,
         None if seen.mass is None else seen.mass.sub_((seen.row_max + log_sum)[:, None]).exp_(),
     )
 
 
-def _dlogp_dhidden(
-    weight_sum: Tensor,  # [N, D], sum over k != y of e_k f_k W_k; overwritten
-    weight: Tensor,  # [V, D]
-    seen: Statistics,
-    spec: HeadSpec,
-    workspace_bytes: int,
-) -> Tensor:  # [N, D]
-    """scale / temperature * ((1 - p_y) f_y W_y - sum over k != y of p_k f_k W_k).
+def _dlogp_dhidden(weight_sum: Tensor, seen: Statistics, workspace_bytes: int) -> Tensor:  # [N, D]
+    """scale / temperature * ((1 - p_y) f_y W_y - sum over k != y of p_k f_k W_k); overwrites weight_sum.
 
     1 - p_y is off_target / row_sum: without the target's own term it stays accurate as p_y -> 1, where W_y - sum p W
     cancels. NaN where the target is outside [0, V).
     """
-    safe = seen.targets.clamp(0, weight.shape[0] - 1)
+    hidden, weight, targets, _, spec = seen.inputs
+    safe = targets.clamp(0, len(weight) - 1)
     weight_sum *= (-spec.logit_multiplier / seen.row_sum)[:, None]
     factor = (spec.logit_multiplier * seen.softcap_grad * seen.off_target / seen.row_sum)[:, None]
-    row = weight.shape[1] * (weight_sum.itemsize + (weight.itemsize if weight.dtype != weight_sum.dtype else 0))
+    row = 2 * weight.shape[1] * weight_sum.itemsize
     for rows in slices(len(safe), max(workspace_bytes // row, 1)):
-        weight_sum[rows].addcmul_(weight[safe[rows]].to(weight_sum.dtype), factor[rows])
-    return weight_sum.masked_fill_((seen.targets != safe)[:, None], float("nan"))
+        weight_sum[rows].addcmul_(weight[safe[rows]].to(hidden.dtype).to(weight_sum.dtype), factor[rows])
+    return weight_sum.masked_fill_((targets != safe)[:, None], float("nan"))
 
 
 def backward(
     saved: HeadSaved,
     dlogits: Callable[[Tensor, Tensor, slice, slice, Memory], None],
-    *,
     need: HeadNeed,
+    *,
     tiles: float,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Grads:
     """`dlogits(z, out, rows, columns, memory)` turns a tile z of hidden @ weight.T into its gradient, in out."""
-    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
+    hidden, weight, _, bias, _ = saved.inputs
     n, v, dtype = len(hidden), len(weight), accumulator_dtype(hidden.dtype)
     tile_rows, tile_columns = tile_shape(
-        hidden, v, workspace_bytes, tiles=tiles, product=need.hidden, sums=need.weight or need.bias,
+        hidden, weight, workspace_bytes, tiles=tiles, product=need.hidden, sums=need.weight or need.bias,
         adds_in_place=adds_in_place(hidden.device, hidden.dtype),
     )  # fmt: skip
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
     d_bias = torch.empty_like(bias) if need.bias else None
-    rows_of, memory = operand(hidden), Memory(hidden)
+    rows_of, memory = operand(hidden, hidden.dtype), Memory(hidden, tile_columns)
     # A slice of dW is written in place if that rounds only once; otherwise it is summed in the accumulator's dtype.
     in_place = need.weight and (d_weight.dtype == dtype or (tile_rows >= n and rows_of.dtype == d_weight.dtype))
     # oneDNN's dz^T h is faster with h of unit stride in N; copied once for all chunks. Low-precision rows are a copy
@@ -153,7 +150,7 @@ def backward(
     columnwise = need.weight and uses_onednn(rows_of) and rows_of is hidden
     right = [rows_of[r].T.contiguous().T if columnwise else rows_of[r] for r in slices(n, tile_rows)]
     for columns in slices(v, tile_columns):
-        chunk, d_chunk, d_chunk_bias = operand(weight[columns]), None, None
+        chunk, d_chunk, d_chunk_bias = operand(weight[columns], hidden.dtype), None, None
         for rows, hidden_rows in zip(slices(n, tile_rows), right, strict=True):
             z = memory.product(rows_of[rows], chunk.T)
             dz = memory.successor(z, chunk.dtype)

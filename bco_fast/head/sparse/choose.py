@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import DENSE, HeadSaved, HeadSpec, KeptBlocks
+from ..types import DENSE, HeadSaved, KeptBlocks
 
 _BITS = 12
 _BINS = 1 << _BITS
@@ -43,8 +43,6 @@ class Choice(NamedTuple):
 def choose_blocks(
     grad_logps: Tensor,  # [N], 0 for rows that are ignored
     saved: HeadSaved,
-    mass: Tensor,  # [N, T]
-    spec: HeadSpec,
     tolerance: float,
     *,
     width: int,
@@ -56,15 +54,16 @@ def choose_blocks(
 
     Args:
         width: columns of a tile.
-        sharded: `mass` covers a part of the vocabulary; the bound then holds for this part.
+        sharded: the masses cover a part of the vocabulary; the bound then holds for this part.
         break_even: kept fraction from which on the dense backward is cheaper.
         workspace_bytes: limit for the temporaries of the histograms.
     """
+    mass, targets, v = saved.mass, saved.inputs.targets, len(saved.inputs.weight)
     n, tiles = mass.shape
     upstream = grad_logps.abs().to(mass.dtype)
-    has_target = (saved.targets >= 0) & (saved.targets < saved.weight.shape[0])
-    target_tile = torch.where(has_target, torch.div(saved.targets, width, rounding_mode="floor"), 0)[:, None]
-    total = (upstream.double() * _row_norms(saved, mass, has_target, spec, sharded)).sum()
+    has_target = (targets >= 0) & (targets < v)
+    target_tile = torch.where(has_target, torch.div(targets, width, rounding_mode="floor"), 0)[:, None]
+    total = (upstream.double() * _row_norms(saved, has_target, sharded)).sum()
     budget = total * (tolerance * (1 - _ROUNDING))
 
     keep = torch.empty((tiles, n), dtype=torch.bool, device=mass.device)
@@ -98,12 +97,12 @@ def choose_blocks(
     return Choice(KeptBlocks(index, index % n, offsets, width), kept_fraction, spent / total if total else 0.0)
 
 
-def _row_norms(saved: HeadSaved, mass: Tensor, has_target: Tensor, spec: HeadSpec, sharded: bool) -> Tensor:  # [N]
+def _row_norms(saved: HeadSaved, has_target: Tensor, sharded: bool) -> Tensor:  # [N]
     """Lower bound of (1 - p_y) f_y + sum over k != y of p_k f_k, float64; of the sum alone for a foreign target."""
-    off_target = -torch.expm1(saved.logps.double())
+    spec, off_target = saved.inputs.spec, -torch.expm1(saved.logps.double())
     if spec.softcap is None and not sharded:
         return 2.0 * off_target
-    others = mass.sum(1, dtype=torch.float64)
+    others = saved.mass.sum(1, dtype=torch.float64)
     p_y = saved.logps.double().exp()
     softcap_grad = 1.0
     if spec.softcap is not None:

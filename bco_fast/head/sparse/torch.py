@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.products import add_matmul, matmul, operand
 from ..backends.torch import Memory, finish_logits
 from ..tiling import accumulator_dtype, slices
-from ..types import HeadNeed, HeadSaved, HeadSpec, KeptBlocks
+from ..types import Grads, HeadNeed, HeadSaved, KeptBlocks
 
 # Blocks whose rows are gathered at once: enough to make the overhead around the matmuls negligible.
 MOST_BLOCKS = 4096
@@ -32,23 +32,19 @@ class _Exact(NamedTuple):
     value: Tensor  # [E], the gradient without the softcap's derivative
 
 
-def _exact_entries(
-    grad_logps: Tensor,  # [N]
-    saved: HeadSaved,
-    spec: HeadSpec,
-    blocks: KeptBlocks,
-) -> _Exact:
+def _exact_entries(grad_logps: Tensor, saved: HeadSaved, blocks: KeptBlocks) -> _Exact:
     """dlogits at the targets, from the forward's own logp, and at the rows' maxima where their block is kept.
 
     This matmul may round differently from the forward's. For a nearly certain token 1 - p would be all rounding, and the
     forward's numbers are exact.
     """
+    _, weight, targets, _, spec = saved.inputs
     c = grad_logps * spec.logit_multiplier
     n, last = len(c), len(blocks.index)
     row = torch.arange(n, device=c.device)
-    column = torch.cat([saved.row_argmax, saved.targets])
-    valid = torch.cat([saved.row_argmax != saved.targets, torch.ones_like(row, dtype=torch.bool)])
-    valid &= (column >= 0) & (column < saved.weight.shape[0])
+    column = torch.cat([saved.row_argmax, targets])
+    valid = torch.cat([saved.row_argmax != targets, torch.ones_like(row, dtype=torch.bool)])
+    valid &= (column >= 0) & (column < len(weight))
     key = torch.div(column, blocks.width, rounding_mode="floor") * n + row.repeat(2)
     block = torch.searchsorted(blocks.index, key).clamp_max(max(last - 1, 0))
     if last:
@@ -61,13 +57,11 @@ def _exact_entries(
 def backward(
     grad_logps: Tensor,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
     blocks: KeptBlocks,
-    *,
     need: HeadNeed,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden, weight, bias = saved.hidden, saved.weight, saved.bias
+) -> Grads:
+    hidden, weight, _, bias, spec = saved.inputs
     v, d = weight.shape
     dtype = accumulator_dtype(hidden.dtype)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
@@ -79,15 +73,15 @@ def backward(
                 d_weight[columns] = 0.0
     c = (grad_logps * -spec.logit_multiplier / torch.where(saved.row_sum > 0, saved.row_sum, 1.0))[:, None]
     row_max = saved.row_max[:, None]
-    exact = _exact_entries(grad_logps, saved, spec, blocks)
+    exact = _exact_entries(grad_logps, saved, blocks)
     exact_blocks = exact.block.tolist()
-    rows_of, memory = operand(hidden), Memory(hidden)
+    rows_of, memory = operand(hidden, hidden.dtype), Memory(hidden)
     in_place = need.weight and d_weight.dtype == dtype
     d_chunk = None
-    for group in _groups(blocks, v, *_group_sizes(saved, spec, blocks.width, workspace_bytes)):
+    for group in _groups(blocks, v, *_group_sizes(saved, blocks.width, workspace_bytes)):
         first, last = group[0].first, group[-1].last
         sizes = [piece.last - piece.first for piece in group]
-        chunks = [operand(weight[piece.columns]) for piece in group]
+        chunks = [operand(weight[piece.columns], hidden.dtype) for piece in group]
         rows = blocks.rows[first:last]
         gathered = torch.index_select(rows_of, 0, rows, out=memory.take("gathered", last - first, d, rows_of.dtype))
         hidden_rows = gathered.split(sizes)
@@ -149,15 +143,16 @@ def _groups(blocks: KeptBlocks, v: int, most_blocks: int, most_tiles: int) -> It
         yield group
 
 
-def _group_sizes(saved: HeadSaved, spec: HeadSpec, width: int, workspace_bytes: int) -> tuple[int, int]:
+def _group_sizes(saved: HeadSaved, width: int, workspace_bytes: int) -> tuple[int, int]:
     """The most blocks and tiles of a group.
 
     A block takes its row of hidden states and that row's gradient, its logits and the softcap's derivative. A tile takes
     its weights where they are converted. The group also takes a slice of dW and its next summand.
     """
-    d, item = saved.weight.shape[1], accumulator_dtype(saved.hidden.dtype).itemsize
+    hidden, weight, _, _, spec = saved.inputs
+    d, item, given = weight.shape[1], accumulator_dtype(hidden.dtype).itemsize, hidden.dtype.itemsize
     left = workspace_bytes - 2 * item * width * d
     block = item * (2 * d + (1 + (spec.softcap is not None)) * width)
-    tile = width * d * item if saved.hidden.dtype.itemsize < item else 0
-    most_tiles = max(left // 2 // tile, 1) if tile else saved.weight.shape[0]
+    tile = width * d * (item * (given < item) + given * (weight.dtype != hidden.dtype))
+    most_tiles = max(left // 2 // tile, 1) if tile else len(weight)
     return max(min((left // 2 if tile else left) // block, MOST_BLOCKS), 1), most_tiles

@@ -16,15 +16,15 @@ from ...kernels.sparse_backward import (
     gathered_dweight_kernel,
     gathered_product_kernel,
 )
-from ..backends.launching import INTERPRETED, TRITON_DTYPE, constants, here, launch, operands
+from ..backends.launching import INTERPRETED, TRITON_DTYPE, constants, here, launch
 from ..tiling import accumulator_dtype
-from ..types import HeadNeed, HeadSaved, HeadSpec, KeptBlocks
+from ..types import Grads, HeadNeed, HeadSaved, KeptBlocks
 
 
 def break_even(dtype: torch.dtype) -> float:
     """Kept fraction at which the dense backward becomes the faster one. Not measured yet; derived: gathered bf16 rows at
-    half of cuBLAS's rate, float32 without tensor cores at a third. Triton multiplies no float64."""
-    return {torch.float64: 1.1 if INTERPRETED else 0.0, torch.float32: 0.35}.get(dtype, 0.5)
+    half of cuBLAS's rate, and 8 bytes of products for each kept row and hidden unit. Triton multiplies no float64."""
+    return (1.1 if INTERPRETED else 0.0) if dtype == torch.float64 else 0.29
 
 
 class _Group(NamedTuple):
@@ -45,57 +45,55 @@ class _Group(NamedTuple):
 def backward(
     grad_logps: Tensor,  # [N]
     saved: HeadSaved,
-    spec: HeadSpec,
     blocks: KeptBlocks,
-    *,
     need: HeadNeed,
     workspace_bytes: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    launches = _Launches(grad_logps, saved, spec, blocks, need=need, workspace_bytes=workspace_bytes)
-    for turn, group in enumerate(_groups(blocks.offsets, launches.capacity)):
-        launches.dlogits(group)
+) -> Grads:
+    launches = _Launches(grad_logps, saved, blocks, need, workspace_bytes)
+    for turn, group in enumerate(_groups(blocks.offsets, launches.capacity, launches.most_tiles)):
+        chunk = launches.weight_of(group)
+        launches.dlogits(group, chunk)
         if need.weight or need.bias:
             launches.dweight(group, turn)
         if need.hidden and group.first < group.last:
-            launches.dhidden(group)
-    d_hidden, d_weight, d_bias = launches.d_hidden, launches.d_weight, launches.d_bias
-    return (
-        None if d_hidden is None else d_hidden.to(saved.hidden.dtype),
-        None if d_weight is None else d_weight.to(saved.weight.dtype),
-        None if d_bias is None else d_bias.to(saved.bias.dtype),
-    )
+            launches.dhidden(group, chunk)
+    sums = launches.d_hidden, launches.d_weight, launches.d_bias
+    leaves = saved.inputs.hidden, saved.inputs.weight, saved.inputs.bias
+    return tuple(None if total is None else total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True))
 
 
 class _Launches:
     """The launches for a group of blocks, and what they write into."""
 
-    def __init__(
-        self,
-        grad_logps: Tensor,
-        saved: HeadSaved,
-        spec: HeadSpec,
-        blocks: KeptBlocks,
-        *,
-        need: HeadNeed,
-        workspace_bytes: int,
-    ):
-        self.grad_logps, self.saved, self.spec, self.blocks = grad_logps, saved, spec, blocks
-        self.need = need
-        self.hidden, self.weight = operands(saved.hidden, saved.weight)
-        new, d, width = self.hidden.new_empty, self.hidden.shape[1], blocks.width
-        self.dtype = dtype = accumulator_dtype(self.hidden.dtype)
-        self.low = self.hidden.itemsize <= 2
+    def __init__(self, grad_logps: Tensor, saved: HeadSaved, blocks: KeptBlocks, need: HeadNeed, workspace_bytes: int):
+        self.grad_logps, self.saved, self.blocks, self.need = grad_logps, saved, blocks, need
+        hidden, weight = saved.inputs.hidden, saved.inputs.weight
+        self.v, d, width = *weight.shape, blocks.width
+        # The interpreter multiplies the bit patterns of bf16 and truncates its stores.
+        self.hidden = hidden = hidden.float() if INTERPRETED and hidden.itemsize <= 2 else hidden
+        self.dtype = dtype = accumulator_dtype(hidden.dtype)
+        self.low = hidden.itemsize <= 2
         left = workspace_bytes - 2 * width * d * dtype.itemsize  # two carries
+        self.most_tiles = 65535  # of a launch's grid
+        if weight.dtype != hidden.dtype:  # a group's weights are cast
+            self.most_tiles = min(max(left // 2 // (width * d * hidden.itemsize), 1), self.most_tiles)
+            left //= 2
         # dlogits and their product with the weights; and the lists by row: two of int64, sorted.
-        capacity = max(left // (width * self.hidden.itemsize + d * dtype.itemsize + 32), 1)
+        capacity = max(left // (width * hidden.itemsize + d * dtype.itemsize + 32), 1)
         self.capacity = min(capacity, max(len(blocks.rows), 1))
+        new = hidden.new_empty
         self.dz = new((self.capacity, width))
         self.products = new((self.capacity, d), dtype=dtype) if need.hidden else None
         self.carries = new((2, width, d), dtype=dtype)
-        self.offsets = torch.tensor(blocks.offsets, device=self.hidden.device)
-        self.d_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=dtype) if need.hidden else None
-        self.d_weight = torch.empty_like(self.weight, memory_format=torch.contiguous_format) if need.weight else None
-        self.d_bias = self.hidden.new_zeros(len(self.weight), dtype=dtype) if need.bias else None
+        self.offsets = torch.tensor(blocks.offsets, device=hidden.device)
+        self.d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
+        self.d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
+        self.d_bias = hidden.new_zeros(self.v, dtype=dtype) if need.bias else None
+
+    def weight_of(self, group: _Group) -> Tensor:
+        """The rows of the weight that belong to the group's tiles, in the dtype of hidden."""
+        width, inputs = self.blocks.width, self.saved.inputs
+        return inputs.weight[group.tile * width : group.end * width].to(inputs.hidden.dtype).to(self.hidden.dtype)
 
     def _arguments(self, group: _Group) -> dict:
         """What all kernels that walk the blocks of a tile take."""
@@ -104,29 +102,29 @@ class _Launches:
             "FIRST_TILE": group.tile,
             "FIRST": group.first,
             "LAST": group.last,
-            "V": len(self.weight),
-            "D": self.weight.shape[1],
+            "V": self.v,
+            "D": self.hidden.shape[1],
             "TILE": self.blocks.width,
             "ACC": TRITON_DTYPE[self.dtype],
         }
 
-    def dlogits(self, group: _Group) -> None:
-        hidden, weight, saved = self.hidden, self.weight, self.saved
-        extras = saved.bias is not None or self.spec.softcap is not None
+    def dlogits(self, group: _Group, weight: Tensor) -> None:
+        hidden, saved, (_, _, targets, bias, spec) = self.hidden, self.saved, self.saved.inputs
+        extras = bias is not None or spec.softcap is not None
         config = here(configs.gathered_dlogits(hidden.itemsize, extras=extras))
         grid = _count(group.most, config.block_n), group.tiles, self.blocks.width // config.block_v
         launch(
             gathered_dlogits_kernel, grid, config, hidden.device,
-            hidden_ptr=hidden, weight_ptr=weight, rows_ptr=self.blocks.rows, target_ptr=saved.targets,
+            hidden_ptr=hidden, weight_ptr=weight, rows_ptr=self.blocks.rows, target_ptr=targets,
             logp_ptr=saved.logps, row_max_ptr=saved.row_max, row_sum_ptr=saved.row_sum, argmax_ptr=saved.row_argmax,
             grad_logp_ptr=self.grad_logps, out_ptr=self.dz, stride_hn=hidden.stride(0), stride_wv=weight.stride(0),
-            **self._arguments(group), **constants(self.spec, saved.bias),
+            **self._arguments(group), **constants(spec, bias),
         )  # fmt: skip
 
     def dweight(self, group: _Group, turn: int) -> None:
         """d_weight and d_bias. The sum of a tile that the group's end cuts is carried to the next turn."""
         config = here(configs.GATHERED_DWEIGHT if self.low else configs.GATHERED_DWEIGHT_FP32)
-        d = self.weight.shape[1]
+        d = self.hidden.shape[1]
         columns = _count(d, config.block_d) if self.need.weight else 1
         launch(
             gathered_dweight_kernel, (group.tiles, columns, self.blocks.width // config.block_v), config, self.dz.device,
@@ -136,13 +134,13 @@ class _Launches:
             **self._arguments(group),
         )  # fmt: skip
 
-    def dhidden(self, group: _Group) -> None:
+    def dhidden(self, group: _Group, weight: Tensor) -> None:
         config = here(configs.GATHERED_PRODUCT if self.low else configs.GATHERED_PRODUCT_FP32)
         (n, d), device = self.hidden.shape, self.dz.device
         launch(
             gathered_product_kernel, (_count(group.most, config.block_n), group.tiles, _count(d, config.block_d)),
             config, device,
-            dz_ptr=self.dz, weight_ptr=self.weight, product_ptr=self.products, stride_wv=self.weight.stride(0),
+            dz_ptr=self.dz, weight_ptr=weight, product_ptr=self.products, stride_wv=weight.stride(0),
             **self._arguments(group),
         )  # fmt: skip
         by_row = self.blocks.rows[group.first : group.last].sort(stable=True)
@@ -158,12 +156,12 @@ def _count(total: int, block: int) -> int:
     return max(triton.cdiv(total, block), 1)
 
 
-def _groups(offsets: list[int], capacity: int) -> Iterator[_Group]:
+def _groups(offsets: list[int], capacity: int, most_tiles: int) -> Iterator[_Group]:
     """All tiles in order, those without a block too: their gradient is 0 and must be written."""
     tile, first, most, tiles = 0, 0, 0, len(offsets) - 1
     for t in range(tiles):
         start = offsets[t]
-        while offsets[t + 1] - first > capacity or t + 1 - tile > 65535:  # the second: a launch's grid
+        while offsets[t + 1] - first > capacity or t + 1 - tile > most_tiles:
             last = min(first + capacity, offsets[t + 1])
             yield _Group(tile, t + 1, first, last, max(most, last - max(start, first)))
             tile, first, most = t, last, 0

@@ -1,0 +1,100 @@
+"""Tiles as a GPU gets them, counted on the meta device: whole numbers, aligned rows, memory within the promise."""
+
+import pytest
+import torch
+from test_logps import PeakBytes, _bytes
+
+from bco_fast.head.backends import torch as chunked
+from bco_fast.head.backends import walk
+from bco_fast.head.tiling import smallest_workspace, tile_shape
+from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
+
+
+@pytest.fixture(autouse=True)
+def _a_pytorch_that_adds_in_place(monkeypatch):
+    monkeypatch.setattr(walk, "adds_in_place", lambda device, dtype: True)
+
+
+def _inputs(n, d, v, *, dtype=torch.bfloat16, weight_dtype=None):
+    hidden, weight = (
+        torch.empty(n, d, device="meta", dtype=dtype),
+        torch.empty(v, d, device="meta", dtype=weight_dtype or dtype),
+    )
+    return HeadInputs(hidden, weight, torch.empty(n, device="meta", dtype=torch.int64), None, HeadSpec())
+
+
+@pytest.mark.parametrize(("d", "v"), [(4096, 128256), (896, 50257)])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_rows_of_a_tile_are_aligned_for_every_number_of_tokens(d, v, frozen):
+    weight = torch.empty(v, d, device="meta", dtype=torch.bfloat16)
+    for n in range(1, 40_001):
+        hidden = weight.new_empty(1, 1).expand(n, d)
+        rows, columns = tile_shape(
+            hidden, weight, 256 << 20, tiles=1, product=True, sums=not frozen, adds_in_place=True
+        )
+        assert isinstance(columns, int)
+        assert columns % 512 == 0
+        assert 1 <= rows <= n
+        assert columns >= 4096, "narrow chunks starve the matmuls"
+
+
+def test_a_ragged_last_chunk_is_aligned_too():
+    memory = walk.Memory(torch.empty(1, 1, device="meta", dtype=torch.bfloat16), 5120)
+    for columns in (5120, 50257 % 5120, 1, 63, 65):
+        wide = memory.take("z", 100, columns)
+        low = memory.successor(wide, torch.bfloat16)
+        for tile in (wide, low):
+            assert tile.shape == (100, columns)
+            assert tile.stride(0) * tile.itemsize % 16 == 0
+            assert tile.stride(1) == 1
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("shape", "workspace"),
+    [
+        ((8192, 4096, 128256), 256 << 20),
+        ((32768, 896, 50257), 64 << 20),
+        ((300, 2304, 9000), 1 << 20),
+        ((5, 8, 300), 32 << 10),
+    ],
+    ids=str,
+)
+def test_memory_stays_within_the_promise(shape, workspace, dtypes):
+    """The workspace, the results, 4ND bytes and a few numbers a row; a float32 weight is never cast whole."""
+    n, d, _ = shape  # N, D, V
+    assert workspace >= smallest_workspace(d)
+    inputs = _inputs(*shape, dtype=dtypes[0], weight_dtype=dtypes[1])
+    beside = 4 * n * d + 100 * n
+    for frozen in (True, False):
+        with PeakBytes() as memory:
+            out = chunked.forward(inputs, HeadWant(frozen=frozen), workspace)
+        assert memory.peak <= workspace + _bytes(out) + beside, frozen
+    saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, out.entropy, out.row_argmax)
+    with PeakBytes() as memory:
+        grads = chunked.backward(out.logps, None, saved, HeadNeed(True, True, False), workspace)
+    assert grads[1].dtype == dtypes[1]
+    assert memory.peak <= workspace + _bytes(grads) + beside
+
+
+def test_a_gradient_of_float32_master_weights_is_never_rounded():
+    """Mixed precision: dW leaves the matmul in float32."""
+    written = []
+    real = walk.matmul
+
+    def matmul(a, b, out=None):
+        written.append((a.dtype, None if out is None else out.dtype))
+        return real(a, b, out)
+
+    inputs = _inputs(64, 32, 5000, weight_dtype=torch.float32)
+    statistics = [torch.empty(64, device="meta") for _ in range(3)]
+    saved = HeadSaved(inputs, *statistics, None, torch.empty(64, device="meta", dtype=torch.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "matmul", matmul)
+        chunked.backward(statistics[0], None, saved, HeadNeed(True, True, False), 1 << 20)
+    assert (torch.bfloat16, torch.float32) in written
+    assert (torch.bfloat16, None) not in written
