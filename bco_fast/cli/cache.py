@@ -9,6 +9,7 @@ prune      remove damaged and old files; only lists them unless --yes is given
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import stat
@@ -49,7 +50,7 @@ def _parser(command: str, *, one_reference: bool = True) -> Parser:
     return parser
 
 
-_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "max_length", "max_prompt_length")  # fmt: skip
+_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length")  # fmt: skip
 """Options of `build` that are `train`'s: those that decide what the reference computes, and of which tokens."""
 
 
@@ -64,6 +65,7 @@ def build(arguments: list[str]) -> None:
     from ..reference.fill import fill
     from ..reference.identity import reference_id
     from ..training.config import FeedbackConfig
+    from ..training.sharing import choose_layout
 
     parser = _parser("build", one_reference=False)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
@@ -93,11 +95,17 @@ def build(arguments: list[str]) -> None:
     with usage_errors(ValueError, TypeError):
         dataset = load_feedback(options.data, tokenizer, needs=objective.data, **reading, **limits)
         examples = dataset.examples
-        if options.loss_type == "kto":
+        if objective.mismatched:
             examples = examples + mismatched(dataset, **limits).examples
         patch_model(model)
     device = accelerator()
     model.to(device)
+    batches = argparse.Namespace(
+        share_prompts=options.share_prompts, tokens_per_batch=options.reference_tokens_per_batch,
+        padding_free=False, batch_composition="random", data_seed=0,
+    )  # fmt: skip
+    with usage_errors(ValueError):
+        layout = choose_layout(model, batches, dataset, pad_or_eos(tokenizer))
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.autocast]
     cache = ReferenceCache(options.cache_dir, reference_id(model, autocast=options.autocast))
     report = fill(
@@ -107,6 +115,7 @@ def build(arguments: list[str]) -> None:
         pad_token_id=pad_or_eos(tokenizer),
         tokens_per_batch=options.reference_tokens_per_batch,
         autocast=None if dtype is None else torch.autocast(device.type, dtype),
+        layout=layout if layout == "shared" else None,
     )
     print(report, flush=True)
 

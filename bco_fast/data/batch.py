@@ -1,11 +1,14 @@
 """The one batch form: what training, evaluation and the reference read, whatever the layout of the tokens.
 
-    input_ids              [B, T] padded on the right, or [1, total] packed
+    input_ids              [B, T] padded on the right; [1, total] packed or shared
     attention_mask         [B, T], padded batches
-    position_ids           [1, total], packed batches: 0 where a sequence begins
+    position_ids           [1, total], packed and shared batches: 0 where a sequence begins; a completion's first token
+                           follows its prompt's last one
+    segments               packed and shared batches: runs of tokens and what they continue (`Segment`)
     cu_seq_lens_q, _k      [B + 1] int32, packed batches, with max_length_q, _k (numbers): for FlashAttention, which
                            otherwise reads them back from the device in every layer
-    rows                   [K] int64, the positions of the flattened hidden states that predict a completion token
+    rows                   [K] int64, the positions of the flattened hidden states that predict a completion token; the
+                           last token of a shared prompt occurs once for each of its completions
     targets                [K] int64, the token that each of them predicts
     cu_completions         [B + 1] int32, completion b is rows[cu_completions[b] : cu_completions[b + 1]]
     label                  [B] bool
@@ -16,13 +19,19 @@
                            the chosen completions
     kl_...                 the same form for KTO's mismatched completions
 
+Shared batches hold every prompt once, however many of its completions are in the batch: prompt, y1, y2, next prompt, ...
+In every layout, a judged turn of a chat is computed within a later turn of the same chat that begins with its tokens.
+
 A batch of pairs has all chosen completions first, then all rejected ones. Everything is counted here, on the CPU, so that
 nothing on the device has to be.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,27 +39,35 @@ from torch import Tensor
 
 from .dataset import Example, Item
 
-MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-)
-"""What the model's own forward reads of a batch."""
+Layout = Literal["padded", "packed", "shared"]
 
 Batch = dict[str, Tensor]
 
 
-def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *, packed: bool = False) -> Batch:
+class Segment(NamedTuple):
+    """A run of tokens [start, stop), and the tokens [start, stop) of the prompt that it continues, if it is not one."""
+
+    start: int
+    stop: int
+    prompt: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The runs that make up a row of tokens, in order. They stay on the host, whatever moves the batch."""
+
+    parts: tuple[Segment, ...]
+    visits: list[int | None] = field(default_factory=list, compare=False)
+    """The layers whose attention has read them; see `training.sharing`."""
+
+
+def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *, layout: Layout = "padded") -> Batch:
     """Items of a `FeedbackDataset` as one batch, in the form described above.
 
     Args:
         items: examples with what the reference said about them; or pairs of these, chosen first.
         pad_token_id: fills the end of shorter sequences; no completion token can see it.
-        packed: lay the sequences end to end instead of padding them.
+        layout: pad sequences to one length; or lay them end to end ("packed"), every prompt once ("shared").
     """
     paired = not isinstance(items[0][0], Example)
     if paired:
@@ -58,7 +75,7 @@ def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *,
     items = [Item(*item) for item in items]
     examples = [item.example for item in items]
     labels = torch.tensor([example.label for example in examples])
-    batch = collate_tokens(examples, pad_token_id, packed=packed) | {
+    batch = collate_tokens(examples, pad_token_id, layout=layout) | {
         "label": labels,
         "weight": torch.tensor([example.weight for example in examples], dtype=torch.float32),
         "score": torch.tensor([example.score for example in examples], dtype=torch.float32),
@@ -72,56 +89,121 @@ def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *,
         batch["ref_token_logps"] = torch.from_numpy(token_logps.astype(np.float32))
     if items[0].mismatched is not None:
         others = [item.mismatched for item in items]
-        kl = collate_tokens([other.example for other in others], pad_token_id, packed=packed)
+        kl = collate_tokens([other.example for other in others], pad_token_id, layout=layout)
         kl["ref_logps"] = torch.tensor([other.ref_logps for other in others], dtype=torch.float32)
         batch |= {f"kl_{name}": value for name, value in kl.items()}
     return batch
 
 
-def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, packed: bool = False) -> Batch:
+def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, layout: Layout = "padded") -> Batch:
     """The part of a batch that a model needs to give log-probabilities: tokens, rows, targets, cu_completions."""
-    lengths = np.array([len(example) for example in examples])
-    starts = np.array([example.completion_start for example in examples])
-    cu_lengths = _cumulative(lengths)
-    if packed:
-        batch = _packed(examples, cu_lengths, int(lengths.max()))
-        offsets = cu_lengths[:-1]
-    else:
-        batch = _padded(examples, pad_token_id)
-        offsets = np.arange(len(examples)) * int(lengths.max())
-    places = [np.arange(o + s - 1, o + n - 1) for o, s, n in zip(offsets, starts, lengths, strict=True)]
+    host = hosts(examples)
+    kept = sorted(set(host))
+    batch, positions = _LAYOUTS[layout]([examples[i] for i in kept], pad_token_id)
+    at = dict(zip(kept, positions, strict=True))
+    places = [at[h][e.completion_start - 1 : len(e) - 1] for h, e in zip(host, examples, strict=True)]
     batch["rows"] = torch.from_numpy(np.concatenate(places))
     targets = np.concatenate([example.input_ids[example.completion_start :] for example in examples])
     batch["targets"] = torch.from_numpy(targets.astype(np.int64))
-    batch["cu_completions"] = torch.from_numpy(_cumulative(lengths - starts).astype(np.int32))
+    batch["cu_completions"] = torch.from_numpy(_cumulative([len(place) for place in places]).astype(np.int32))
     return batch
 
 
-def _cumulative(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)])
+def hosts(examples: Sequence[Example]) -> list[int]:
+    """For each example the index of the one whose tokens hold its own: itself, or the longest turn of its chat that begins
+    with it. Attention is causal, so one pass over that turn gives the log-probabilities of both."""
+    host, chats = list(range(len(examples))), {}
+    for i, example in enumerate(examples):
+        if example.group:
+            chats.setdefault(example.group, []).append(i)
+    for members in chats.values():
+        members.sort(key=lambda i: -len(examples[i]))
+        for place, i in enumerate(members):
+            ids = examples[i].input_ids
+            longer = (
+                h for h in members[:place] if host[h] == h and np.array_equal(examples[h].input_ids[: len(ids)], ids)
+            )
+            host[i] = next(longer, i)
+    return host
 
 
-def _padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
+def _cumulative(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+# Each layout returns the batch's tokens and, for each example, the positions of its tokens in the flattened row.
+
+
+def _padded(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
     shape = len(examples), max(map(len, examples))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention = np.zeros(shape, dtype=np.int64)
     for i, example in enumerate(examples):
         input_ids[i, : len(example)] = example.input_ids
         attention[i, : len(example)] = 1
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}
+    positions = [i * shape[1] + np.arange(len(example)) for i, example in enumerate(examples)]
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}, positions
 
 
-def _packed(examples: Sequence[Example], cu_lengths: np.ndarray, longest: int) -> Batch:
-    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    cu = torch.from_numpy(cu_lengths.astype(np.int32))
+def _packed(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
+    cu_lengths = _cumulative([len(example) for example in examples])
+    cu, longest = torch.from_numpy(cu_lengths.astype(np.int32)), max(map(len, examples))
+    batch = _row(
+        [example.input_ids for example in examples],
+        [np.arange(len(example)) for example in examples],
+        [Segment(start, stop) for start, stop in itertools.pairwise(cu_lengths.tolist())],
+    )
+    batch |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
+    return batch, [np.arange(start, stop) for start, stop in itertools.pairwise(cu_lengths)]
+
+
+def _shared(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
+    groups: dict[bytes, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.prompt_key, []).append(i)
+    ids, offsets, parts = [], [], []
+    positions: list[np.ndarray] = [np.empty(0)] * len(examples)
+
+    def add(tokens: np.ndarray, offset: int, prompt: tuple[int, int] | None = None) -> np.ndarray:
+        start = parts[-1].stop if parts else 0
+        ids.append(tokens)
+        offsets.append(np.arange(offset, offset + len(tokens)))
+        parts.append(Segment(start, start + len(tokens), prompt))
+        return np.arange(start, start + len(tokens))
+
+    for members in groups.values():
+        first, length = examples[members[0]].input_ids, examples[members[0]].completion_start
+        if len(members) == 1:  # nothing is shared, so prompt and completion are one run
+            positions[members[0]] = add(first, 0)
+            continue
+        prompt = add(first[:length], 0)
+        for i in members:
+            completion = add(examples[i].input_ids[length:], length, (int(prompt[0]), int(prompt[-1]) + 1))
+            positions[i] = np.concatenate([prompt, completion])
+    return _row(ids, offsets, parts), positions
+
+
+_LAYOUTS = {"padded": _padded, "packed": _packed, "shared": _shared}
+
+
+def _row(ids: list[np.ndarray], positions: list[np.ndarray], parts: list[Segment]) -> Batch:
     return {
-        "input_ids": torch.from_numpy(ids)[None],
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(len(example)) for example in examples]))[None],
-        "cu_seq_lens_q": cu,
-        "cu_seq_lens_k": cu,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
+        "segments": Segments(tuple(parts)),
     }
+
+
+def layout_tokens(examples: Iterable[Example], layout: Layout) -> int:
+    """Tokens that the model runs over when these examples are one batch of that layout."""
+    examples = list(examples)
+    kept = [examples[i] for i in sorted(set(hosts(examples)))]
+    if layout == "padded":
+        return len(kept) * max(map(len, kept))
+    if layout == "packed":
+        return sum(map(len, kept))
+    prompts = {example.prompt_key: example.completion_start for example in kept}
+    return sum(prompts.values()) + sum(len(example) - example.completion_start for example in kept)
 
 
 def mismatched_batch(batch: Mapping[str, Tensor]) -> Batch:

@@ -22,6 +22,8 @@ class Example:
     label: bool
     weight: float
     score: float = math.nan
+    group: str = ""
+    """Equal for the judged turns of one chat, empty for other rows."""
 
     @property
     def completion_mask(self) -> np.ndarray:  # [T] bool
@@ -31,6 +33,16 @@ class Example:
     def key(self) -> bytes:
         """The row's key in the reference cache."""
         return row_key(self.input_ids, self.completion_mask)
+
+    @cached_property
+    def prompt_key(self) -> bytes:
+        """Equal for examples whose prompts are the same tokens, after truncation."""
+        return self.input_ids[: self.completion_start].tobytes()
+
+    @property
+    def together(self) -> bytes | str:
+        """Equal for examples that should share a batch: turns of a chat, completions of a prompt."""
+        return self.group or self.prompt_key
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -64,11 +76,10 @@ class FeedbackDataset(torch.utils.data.Dataset):
         return len(self.examples) // 2 if self.paired else len(self.examples)
 
     @property
-    def lengths(self) -> list[list[int]]:
-        """Tokens of each sequence of each item: one, or the two sides of a pair."""
-        lengths = [len(example) for example in self.examples]
-        sides = 1 + self.paired
-        return [lengths[i : i + sides] for i in range(0, len(lengths), sides)]
+    def sides(self) -> list[list[Example]]:
+        """The examples of each item: one, or the two sides of a pair."""
+        count = 1 + self.paired
+        return [self.examples[i : i + count] for i in range(0, len(self.examples), count)]
 
     def __getitem__(self, index: int) -> Item | tuple[Item, Item]:
         if self.paired:

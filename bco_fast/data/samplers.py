@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from .batch import Layout, layout_tokens
 from .dataset import Example, FeedbackDataset
 from .sources import FeedbackError
 from .tokenize import fit
@@ -103,26 +104,68 @@ class StratifiedSampler(torch.utils.data.Sampler):
             yield classes[side].pop()
 
 
-def token_batches(
-    lengths: Sequence[int], order: Iterable[int], tokens_per_batch: int, *, padded: bool = True
-) -> Iterator[list[int]]:
-    """Cut `order` into batches of at most so many tokens; a longer sequence is a batch by itself.
+class GroupedSampler(torch.utils.data.Sampler):
+    """A random order of prompts in which the items of one prompt follow one another, so that a batch can share it.
+
+    The order depends on (seed, epoch) alone, and the Trainer calls `set_epoch`.
 
     Args:
-        lengths: tokens of each item.
+        groups: of each item, what it shares with others of its group.
+    """
+
+    def __init__(self, groups: Sequence[Hashable], seed: int = 0):
+        self.members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(groups):
+            self.members.setdefault(group, []).append(index)
+        self.size, self.seed, self.epoch = len(groups), seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}/{self.epoch}")  # noqa: S311 - an order of rows, not a secret
+        groups = list(self.members.values())
+        rng.shuffle(groups)
+        for group in groups:
+            yield from rng.sample(group, len(group))
+
+
+def token_batches(
+    items: Sequence[Sequence[Example]], order: Iterable[int], tokens_per_batch: int, *, layout: Layout = "padded"
+) -> Iterator[list[int]]:
+    """Cut `order` into batches of at most so many tokens; a longer item is a batch by itself.
+
+    Args:
+        items: the examples of each item: one, or the two sides of a pair.
         order: indices of the items, in the order in which they may share a batch.
-        padded: count what padding to the longest sequence makes of a batch.
+        layout: of the batches, which decides what a batch takes (`data.batch`).
     """
     batch: list[int] = []
+    members: list[Example] = []
     longest = total = 0
+    prompts: set[bytes] = set()
     for index in order:
-        length = lengths[index]
-        size = max(longest, length) * (len(batch) + 1) if padded else total + length
+        sides = items[index]
+        if sides[0].group:  # a turn may cost nothing beside a later one of its chat
+            size = layout_tokens([*members, *sides], layout)
+        elif layout == "shared":
+            fresh = {side.prompt_key: side.completion_start for side in sides if side.prompt_key not in prompts}
+            size = total + sum(fresh.values()) + sum(len(side) - side.completion_start for side in sides)
+        elif layout == "packed":
+            size = total + sum(map(len, sides))
+        else:
+            size = max(longest, *map(len, sides)) * (len(members) + len(sides))
         if batch and size > tokens_per_batch:
             yield batch
-            batch, longest, total = [], 0, 0
+            batch, members, longest, prompts = [], [], 0, set()
+            size = layout_tokens(sides, layout)
         batch.append(index)
-        longest, total = max(longest, length), total + length
+        members += sides
+        longest, total = max(longest, *map(len, sides)), size
+        prompts.update(side.prompt_key for side in sides)
     if batch:
         yield batch
 
@@ -135,21 +178,21 @@ class TokenBudgetSampler(torch.utils.data.Sampler):
     `ranks`, because every rank must take as many.
 
     Args:
-        lengths, order, tokens_per_batch, padded: see `token_batches`.
+        items, order, tokens_per_batch, layout: see `token_batches`.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        items: Sequence[Sequence[Example]],
         order: Iterable[int],
         tokens_per_batch: int,
         *,
-        padded: bool = False,
+        layout: Layout = "padded",
         seed: int = 0,
         ranks: int = 1,
     ):
         self.seed, self.epoch = seed, 0
-        self.batches = list(token_batches(lengths, order, tokens_per_batch, padded=padded))
+        self.batches = list(token_batches(items, order, tokens_per_batch, layout=layout))
         self.batches += self.batches[: -len(self.batches) % ranks]
 
     def __len__(self) -> int:

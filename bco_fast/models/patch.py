@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..head.linear_logps import head_logps
 from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
+from .attention import base_attention, knows_segments, segment_mask
 
 TARGETS = "logp_targets"
 ROWS = "logp_rows"
@@ -250,9 +251,12 @@ def forward_logps(
     names = ["input_ids", "position_ids"]
     if "rows" not in batch or getattr(config, "output_router_logits", False):
         names += ["attention_mask"]
-    if str(getattr(config, "_attn_implementation", "")).startswith("flash_attention"):
+    segmented = "segments" in batch and knows_segments(config)
+    if base_attention(config).startswith("flash_attention") and not segmented:
         names += ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"]
     inputs = {name: batch[name] for name in names if name in batch}
+    if segmented:
+        inputs["attention_mask"] = segment_mask(batch["segments"], batch["input_ids"].device)
     asked = {TARGETS: batch["targets"]} | ({ROWS: batch["rows"]} if "rows" in batch else {})
     if return_entropy:
         asked[ENTROPY] = True

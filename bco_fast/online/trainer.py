@@ -28,6 +28,7 @@ from ..data.prompts import is_chat, prompt_ids, read_prompts
 from ..data.samplers import mismatched
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
+from ..training.sharing import choose_layout
 from ..training.step import Step
 from ..training.trainer import FeedbackTrainer
 from .config import OnlineConfig
@@ -115,9 +116,24 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             )
         self.train_dataset = _Indices(args.max_steps * step_rows)
         self.data_collator = _numbers
+        self.layout = choose_layout(
+            self.accelerator.unwrap_model(self.model), args, self._expected_round(), self.pad_token_id,
+            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        )  # fmt: skip
         self._round: tuple[int, FeedbackDataset] | None = None
         self._resident = self._resident_reference(ref_model)
         self.generator = generator or self._new_generator()
+
+    def _expected_round(self) -> FeedbackDataset:
+        """Rows like those to come, to plan by: a few prompts with completions of the greatest length."""
+        args, completion = self.args, [self.processing_class.eos_token_id] * self.args.max_new_tokens
+        return FeedbackDataset(
+            [
+                Example(np.array([*prompt, *completion], dtype=np.int64), len(prompt), True, 1.0)
+                for _, prompt in self.prompts[:64]
+                for _ in range(args.samples_per_prompt)
+            ]
+        )
 
     def _new_generator(self) -> Generator:
         args = self.args
@@ -182,9 +198,11 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         for index in indices:
             number, place = divmod(index, self.round_rows * args.replay_epochs)
             epoch, place = divmod(place, self.round_rows)
-            dataset = self._round_dataset(number)
-            items.append(dataset[shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows)[place]])
-        return collate(items, self.pad_token_id)
+            # Rows of one prompt stay together where batches share it.
+            together = args.samples_per_prompt if self.layout == "shared" else 1
+            order = shuffled(f"{args.seed}/{number}/{epoch}", self.round_rows // together)
+            items.append(self._round_dataset(number)[order[place // together] * together + place % together])
+        return collate(items, self.pad_token_id, layout=self.layout)
 
     def _round_dataset(self, number: int) -> FeedbackDataset:
         if self._round is not None and self._round[0] == number:
@@ -321,7 +339,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             with self.compute_loss_context_manager():
-                values += token_logps(model, part, self.pad_token_id)
+                values += token_logps(model, part, self.pad_token_id, self.layout)
         model.train(training)
         return values
 

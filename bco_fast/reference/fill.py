@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batch import collate_tokens, to_device
+from ..data.batch import Layout, collate_tokens, to_device
 from ..data.dataset import Example
 from ..data.samplers import token_batches
+from ..models.attention import base_attention, knows_segments
 from ..models.patch import completion_logps, logp_budget
 from .cache import CacheError, FillPlan, ReferenceCache
 
@@ -52,7 +53,7 @@ def fill(
     progress: bool = True,
     adapter: bool = False,
     check_tokens: bool = True,
-    packed: bool | None = None,
+    layout: Layout | None = None,
 ) -> FillReport:
     """Compute the rows the cache lacks and commit them shard by shard; an interruption loses one shard at most.
 
@@ -66,8 +67,9 @@ def fill(
         adapter: of a PEFT model, keep its active adapters switched on; otherwise the reference is the base model.
         check_tokens: verify the per-token values of the rows that are there (1 GB a second) and compute damaged ones
             again, with a warning. Without it a damaged row shows when it is read; sums are verified either way.
-        packed: run sequences end to end instead of padding them (`data.batch`); by default where
-            FlashAttention runs them so without a mask. Other attention builds a mask of all pairs of tokens.
+        layout: of the batches (`data.batch`); by default every prompt once where the model's attention reads segments,
+            packed where FlashAttention keeps sequences apart without a mask, else padded. It changes no key and, but for
+            rounding, no value.
 
     Raises:
         CacheError: a cached row does not agree with the model, a new one is not finite, or the disk cannot be written.
@@ -81,13 +83,14 @@ def fill(
     hits = {key: by_key[key] for key, here in zip(keys, known, strict=True) if here}
     missing = {key: by_key[key] for key in keys if key not in hits}
     computed = 0
-    if packed is None:
-        packed = str(getattr(model.config, "_attn_implementation", "")).startswith("flash_attention")
+    if layout is None:
+        flash = base_attention(model.config).startswith("flash_attention")
+        layout = "shared" if knows_segments(model.config) else "packed" if flash else "padded"
     with _as_reference(model, adapter), autocast or contextlib.nullcontext():
         if missing:
             cache.model_name = Path(str(getattr(model.config, "_name_or_path", ""))).name
             plan = cache.make_plan(keys, rows_per_shard=ROWS_PER_SHARD, tokens_per_batch=tokens_per_batch)
-            computed = _compute(cache, missing, model, plan, pad_token_id, progress, packed)
+            computed = _compute(cache, missing, model, plan, pad_token_id, progress, layout)
         cache.settle()
         if hits:
             _spot_check(cache, hits, model, pad_token_id)
@@ -115,21 +118,30 @@ def _compute(
     plan: FillPlan,
     pad_token_id: int,
     progress: bool,
-    packed: bool,
+    layout: Layout,
 ) -> int:
-    # Longest first: rows of one length share a batch, and memory peaks in the first one. Keys break ties, so the cuts
-    # do not depend on the order of the file.
-    order = sorted(missing, key=lambda key: (-len(missing[key]), key))
+    # Rows of one prompt or chat together, so that a batch can share it; those with the longest row first, so that rows of like
+    # length share a batch and memory peaks in the first one. Keys break ties: the order of the file does not matter.
+    longest: dict[bytes | str, int] = {}
+    for example in missing.values():
+        longest[example.together] = max(longest.get(example.together, 0), len(example))
+
+    def place(key: bytes) -> tuple:
+        group = missing[key].together
+        return -longest[group], str(group), -len(missing[key]), key
+
+    order = sorted(missing, key=place)
     total = sum(map(len, missing.values()))
     with tqdm(total=total, desc="reference", unit="tok", unit_scale=True, disable=not progress) as bar:
 
         def compute(keys: list[bytes]) -> list[np.ndarray]:
             values: list[np.ndarray] = []
             examples = [missing[key] for key in keys]
-            lengths = [len(example) for example in examples]
-            for chosen in token_batches(lengths, range(len(examples)), plan.tokens_per_batch):
-                values += token_logps(model, [examples[i] for i in chosen], pad_token_id, packed)
-                bar.update(sum(lengths[i] for i in chosen))
+            for chosen in token_batches(
+                [[e] for e in examples], range(len(examples)), plan.tokens_per_batch, layout=layout
+            ):
+                values += token_logps(model, [examples[i] for i in chosen], pad_token_id, layout)
+                bar.update(sum(len(examples[i]) for i in chosen))
             return values
 
         def found(keys: Sequence[bytes]) -> None:
@@ -140,10 +152,10 @@ def _compute(
 
 
 def token_logps(
-    model: nn.Module, examples: Sequence[Example], pad_token_id: int, packed: bool = False
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, layout: Layout = "padded"
 ) -> list[np.ndarray]:
     """Per-token log-probabilities of each completion."""
-    batch = collate_tokens(examples, pad_token_id, packed=packed)
+    batch = collate_tokens(examples, pad_token_id, layout=layout)
     logps = completion_logps(model, to_device(batch, next(model.parameters()).device))
     return np.split(logps.float().cpu().numpy(), batch["cu_completions"][1:-1].numpy())
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from ..models.attention import PREFIX
 from .cache import ReferenceId
 
 # Settings of a config that do not change the function it describes.
@@ -40,7 +41,7 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
         weights=_digest(weights),
         config=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         dtype=f"{next(model.parameters()).dtype}, autocast {autocast}",
-        attention=str(getattr(model.config, "_attn_implementation", "default")),
+        attention=str(getattr(model.config, "_attn_implementation", "default")).removeprefix(PREFIX),
     )
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import collate, to_device
-from ..data.dataset import Item
+from ..data.batch import Layout, collate_tokens, to_device
+from ..data.dataset import Example
+from ..models.attention import knows_segments
 from ..models.patch import logp_budget
 from .step import completion_sums
 
 logger = logging.getLogger("bco_fast")
+
+CHECKED_TOKENS = 64
+"""Of a prompt and of a completion, at most: a check must not need more memory than training."""
 
 
 def check_positions(model: nn.Module, max_length: int) -> None:
@@ -24,31 +29,47 @@ def check_positions(model: nn.Module, max_length: int) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module, items: Sequence[Item], pad_token_id: int) -> None:
-    """Refuse a model whose attention looks across the sequences of a packed batch.
+def check_layout(model: nn.Module, examples: Sequence[Example], pad_token_id: int, layout: Layout) -> None:
+    """Refuse a model that computes other log-probabilities in batches of this layout than in padded ones.
 
     Args:
         model: patched by `patch_model`.
-        items: two sequences or more.
+        examples: two or more; of long ones the ends of prompts and the beginnings of completions are taken.
 
     Raises:
-        ValueError: packed and padded log-probabilities differ by more than rounding.
+        ValueError: the log-probabilities differ by more than rounding; says what the reason may be.
     """
     training, device = model.training, next(model.parameters()).device
+    prompt = examples[0].input_ids[: examples[0].completion_start][-CHECKED_TOKENS:]
+    short = [_short(example, example.input_ids[: example.completion_start][-CHECKED_TOKENS:]) for example in examples]
+    short += [_short(example, prompt) for example in examples]  # so that there is a prompt to share
     model.eval()
     try:
         means = []
-        for packed in (False, True):
-            batch = to_device(collate(items, pad_token_id, packed=packed), device)
+        for kind in ("padded", layout):
+            batch = to_device(collate_tokens(short, pad_token_id, layout=kind), device)
             means.append(completion_sums(model, batch) / batch["cu_completions"].diff())
     finally:
         model.train(training)
-    difference = (means[0] - means[1]).abs().max()
-    if not difference <= logp_budget(model):
+    difference = float((means[0] - means[1]).abs().max())
+    if difference <= logp_budget(model):
+        return
+    name, visits = type(model).__name__, len(batch["segments"].visits)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", visits)
+    if knows_segments(model.config) and visits < layers:
         raise ValueError(
-            f"{type(model).__name__} does not keep packed sequences apart: the log-probability per token differs by "
-            f"{float(difference):.2g} nats from the padded batch's. Leave padding_free off."
+            f"{name} does not keep {layout} sequences apart: {layers - visits} of its {layers} layers mix tokens by other "
+            "means than transformers' attention interface"
         )
+    raise ValueError(
+        f"{name} does not keep {layout} sequences apart: the log-probability per token differs by {difference:.2g} nats "
+        "from the padded batch's"
+    )
+
+
+def _short(example: Example, prompt: np.ndarray) -> Example:
+    completion = example.input_ids[example.completion_start :][:CHECKED_TOKENS]
+    return Example(np.concatenate([prompt, completion]), len(prompt), example.label, 1.0)
 
 
 def check_start(model: nn.Module, log_ratios: Tensor, lengths: Tensor, *, autocast: bool) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import mismatched
+from ..models.attention import knows_segments, use_segments
 from ..models.patch import patch_model
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.fill import FillReport, fill
@@ -42,6 +43,8 @@ def attach_reference(
             logger.warning("the model has dropout: rewards start noisy, because the reference is computed without it")
     else:
         reference = patch_model(ref_model, backend=args.backend, workspace_bytes=args.workspace_bytes).to(args.device)
+        if knows_segments(trainer.accelerator.unwrap_model(trainer.model).config):
+            use_segments(reference)
     name = reference_id(reference, autocast=trainer.accelerator.mixed_precision)
     cache = ReferenceCache(args.cache_dir or default_cache_dir(), name)
     report = fill(
@@ -52,6 +55,7 @@ def attach_reference(
         tokens_per_batch=args.reference_tokens_per_batch,
         autocast=trainer.accelerator.autocast(),
         progress=not args.disable_tqdm and trainer.accelerator.is_local_main_process,
+        layout=trainer.layout,
     )
     logger.info("reference: %s (%s)", report, cache.folder)
     for part in parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from transformers import EvalPrediction, Trainer
 from ..data.batch import Batch, collate
 from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
-from ..data.samplers import StratifiedSampler, TokenBudgetSampler, balancing_weights, oversample
+from ..data.samplers import GroupedSampler, StratifiedSampler, TokenBudgetSampler, balancing_weights, oversample
 from ..data.tokenize import load_feedback
 from ..losses import LossOutput
 from ..models.memory import offload_activations
@@ -29,6 +28,7 @@ from .policy import prepare_policy
 from .record import RunRecorder
 from .references import attach_reference
 from .resume import WholeCheckpoints
+from .sharing import choose_layout
 from .state import FeedbackState
 from .step import Step, completion_sums, mean_log_ratio
 
@@ -85,14 +85,13 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.class_weights = _class_weights(train_dataset, args)
         self.weighting = {"reduction": args.reduction, "class_weights": self.class_weights}
         self.feedback = FeedbackState(args.new_shift())
-        collator = functools.partial(collate, pad_token_id=self.pad_token_id, packed=args.padding_free)
         super().__init__(
             model=prepare_policy(model, args, peft_config, stats=self.feedback.head),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=kwargs.pop("data_collator", None) or collator,
+            data_collator=kwargs.pop("data_collator", None) or self._collate,
             compute_metrics=kwargs.pop("compute_metrics", None) or self._eval_metrics,
             **kwargs,
         )
@@ -102,16 +101,20 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)
         self.add_callback(self.recorder)
+        self.layout = choose_layout(
+            self.accelerator.unwrap_model(self.model), args, train_dataset or eval_dataset, self.pad_token_id,
+            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        )  # fmt: skip
         datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
         self._own_reference = self.objective.reference and ref_model is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
         if self.objective.reference and datasets:
             self.reference_report = attach_reference(self, datasets, ref_model)
-        if args.padding_free and datasets:
-            items = [datasets[0].item(i) for i in range(min(3, len(datasets[0].examples)))]
-            checks.check_packing(self.accelerator.unwrap_model(self.model), items, self.pad_token_id)
 
     # ---- data
+
+    def _collate(self, items) -> Batch:
+        return collate(items, self.pad_token_id, layout=self.layout)
 
     def _dataset(self, source, args: FeedbackConfig, tokenizer, **options) -> FeedbackDataset | None:
         """Tokenized rows of the kind that the objective reads."""
@@ -146,10 +149,10 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if isinstance(order, torch.utils.data.RandomSampler):
             order.generator = torch.Generator().manual_seed(args.data_seed)
         sampler = TokenBudgetSampler(
-            [sum(sides) if args.padding_free else max(sides) * len(sides) for sides in dataset.lengths],
+            dataset.sides,
             order,
             args.tokens_per_batch,
-            padded=not args.padding_free,
+            layout=self.layout,
             seed=args.data_seed,
             ranks=self.accelerator.num_processes,
         )
@@ -169,6 +172,8 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_composition == "stratified" and dataset is not None:
             return StratifiedSampler([example.label for example in dataset.examples], self.args.data_seed)
+        if dataset is not None and (self.layout == "shared" or any(example.group for example in dataset.examples)):
+            return GroupedSampler([sides[0].together for sides in dataset.sides], self.args.data_seed)
         return super()._get_train_sampler(train_dataset)
 
     # ---- one optimizer step

@@ -18,7 +18,7 @@ from bco_fast.data.batch import collate
 from bco_fast.data.dataset import Example, Item
 from bco_fast.data.samplers import TokenBudgetSampler
 from bco_fast.losses import OBJECTIVES
-from bco_fast.training.checks import check_packing
+from bco_fast.training.checks import check_layout
 from bco_fast.training.step import completion_sums
 
 
@@ -31,9 +31,13 @@ def _items(rows=4):
     ]
 
 
+def _of_lengths(lengths):
+    return [[Example(np.zeros(length, np.int32), 1, True, 1.0)] for length in lengths]
+
+
 def test_a_packed_batch_is_the_padded_one_end_to_end():
     items = _items()
-    packed, padded = collate(items, packed=True), collate(items)
+    packed, padded = collate(items, layout="packed"), collate(items)
     assert packed["input_ids"].shape == (1, 12 + 5 + 9 + 6)
     assert packed["cu_seq_lens_q"].tolist() == [0, 12, 17, 26, 32]
     assert packed["max_length_q"] == 12
@@ -49,7 +53,7 @@ def test_a_packed_batch_is_the_padded_one_end_to_end():
 def test_packed_log_probabilities_are_the_padded_ones(family):
     config_class, options = FAMILIES[family]
     model = patch_model(tiny.model(config_class, **options)).eval()
-    check_packing(model, _items(), 1)
+    check_layout(model, [item.example for item in _items()], 1, "packed")
 
 
 def test_a_model_that_looks_across_sequences_is_refused():
@@ -67,7 +71,7 @@ def test_a_model_that_looks_across_sequences_is_refused():
     model = tiny.model().eval()
     model.model.norm = Leaky(model.model.norm)
     with pytest.raises(ValueError, match="does not keep packed sequences apart"):
-        check_packing(patch_model(model), _items(), 1)
+        check_layout(patch_model(model), [item.example for item in _items()], 1, "packed")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -99,7 +103,7 @@ def test_the_budget_is_kept_and_every_row_comes_once(padded):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, 200).tolist()
     order = rng.permutation(200).tolist()
-    sampler = TokenBudgetSampler(lengths, order, 128, padded=padded, seed=1)
+    sampler = TokenBudgetSampler(_of_lengths(lengths), order, 128, layout="padded" if padded else "packed", seed=1)
     batches = list(sampler)
     assert [i for batch in batches for i in batch] == order
     sizes = [max(lengths[i] for i in b) * len(b) if padded else sum(lengths[i] for i in b) for b in batches]
@@ -116,9 +120,9 @@ def test_the_budget_is_kept_and_every_row_comes_once(padded):
 
 
 def test_long_rows_and_ranks():
-    sampler = TokenBudgetSampler([10, 300, 10, 10], range(4), 30, ranks=2)
+    sampler = TokenBudgetSampler(_of_lengths([10, 300, 10, 10]), range(4), 30, layout="packed", ranks=2)
     assert list(sampler) == [[0], [1], [2, 3], [0]]
-    assert len(list(TokenBudgetSampler([10] * 9, range(9), 30, ranks=3))) == 3
+    assert len(list(TokenBudgetSampler(_of_lengths([10] * 9), range(9), 30, layout="packed", ranks=3))) == 3
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -163,9 +167,9 @@ def test_budgeted_training_resumes_bitwise(tmp_path):
 def test_packed_log_probabilities_of_one_sequence_are_its_own():
     model = patch_model(tiny.model()).eval()
     items = _items()
-    sums = completion_sums(model, collate(items, packed=True))
+    sums = completion_sums(model, collate(items, layout="packed"))
     for item, value in zip(items, sums, strict=True):
-        assert torch.allclose(completion_sums(model, collate([item], packed=True))[0], value, atol=1e-4)
+        assert torch.allclose(completion_sums(model, collate([item], layout="packed"))[0], value, atol=1e-4)
 
 
 def test_a_packed_reference_is_the_padded_one(tmp_path, monkeypatch):
@@ -177,15 +181,15 @@ def test_a_packed_reference_is_the_padded_one(tmp_path, monkeypatch):
     model = patch_model(tiny.model()).eval()
     examples = load_feedback(tiny.rows(30), TOKENIZER, max_length=64).examples
     sums = []
-    for packed in (False, True):
-        cache = ReferenceCache(tmp_path / str(packed), reference_id(model))
-        references.fill(cache, examples, model, pad_token_id=1, tokens_per_batch=100, progress=False, packed=packed)
+    for layout in ("padded", "packed"):
+        cache = ReferenceCache(tmp_path / layout, reference_id(model))
+        references.fill(cache, examples, model, pad_token_id=1, tokens_per_batch=100, progress=False, layout=layout)
         sums.append(cache.sums([e.key for e in examples]))
     assert np.allclose(*sums, rtol=1e-5, atol=1e-4)
     made = []
     real = references.collate_tokens
-    monkeypatch.setattr(references, "collate_tokens", lambda *a, packed: made.append(packed) or real(*a, packed=packed))
-    for attention, expected in (("sdpa", False), ("flash_attention_2", True)):
+    monkeypatch.setattr(references, "collate_tokens", lambda *a, layout: made.append(layout) or real(*a, layout=layout))
+    for attention, expected in (("sdpa", "padded"), ("flash_attention_2", "packed")):
         model.config._attn_implementation_internal = "sdpa"
         monkeypatch.setattr(type(model.config), "_attn_implementation", attention, raising=False)
         cache = ReferenceCache(tmp_path / attention, reference_id(model))

@@ -154,7 +154,7 @@ def test_a_round_keeps_every_character(tmp_path):
 
 def test_a_round_may_be_replayed(tmp_path):
     seen = []
-    trainer = _trainer(tmp_path, steps_per_round=4, replay_epochs=2, max_steps=4)
+    trainer = _trainer(tmp_path, steps_per_round=4, replay_epochs=2, max_steps=4, share_prompts="false")
     real = trainer.get_batch_samples
     trainer.get_batch_samples = lambda *a: seen.append(real(*a)) or seen[-1]
     trainer.train()
@@ -164,6 +164,23 @@ def test_a_round_may_be_replayed(tmp_path):
     assert len(_rounds(tmp_path)) == 1
     assert sorted(strip[:16]) == sorted(strip[16:])
     assert strip[:16] != strip[16:]
+
+
+def test_samples_of_a_prompt_share_it(tmp_path):
+    """Each micro-batch holds a prompt once for its samples, and the reference's values are those of single rows."""
+    trainer, seen = _trainer(tmp_path, max_steps=2), []
+    assert trainer.layout == "shared"
+    real = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *a: seen.append(real(*a)) or seen[-1]
+    trainer.train()
+    for (batch,), _ in seen:
+        prompts = [segment.prompt for segment in batch["segments"].parts if segment.prompt]
+        assert len(prompts) == 2 * len(set(prompts)) == len(batch["label"])
+    _, dataset = trainer._round
+    trainer.layout = "padded"
+    alone = trainer._reference_token_logps(dataset.examples)
+    for value, other in zip(dataset.ref_token_logps, alone, strict=True):
+        assert np.allclose(value, other, rtol=1e-5, atol=1e-5)
 
 
 def _broken(kind):

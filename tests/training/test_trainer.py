@@ -169,9 +169,9 @@ def test_the_head_never_sees_the_prompt(tmp_path, monkeypatch):
     batch = collate([trainer.train_dataset[i] for i in range(8)], 1)
     seen, real = [], chunked.forward
 
-    def counting(hidden, *args, **kwargs):
-        seen.append(len(hidden))
-        return real(hidden, *args, **kwargs)
+    def counting(inputs, *args, **kwargs):
+        seen.append(len(inputs.hidden))
+        return real(inputs, *args, **kwargs)
 
     monkeypatch.setattr(chunked, "forward", counting)
     trainer.compute_loss(trainer.model, batch)
