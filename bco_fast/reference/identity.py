@@ -35,7 +35,7 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
     weights = _weights(model, adapter)
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     if adapter and hasattr(model, "peft_config"):
-        config["adapters"] = {name: _settings(model.peft_config[name]) for name in model.active_adapters}
+        config["adapters"] = {name: adapter_settings(model.peft_config[name]) for name in model.active_adapters}
     text = json.dumps(config, sort_keys=True, default=_plain)
     return ReferenceId(
         weights=_digest(weights),
@@ -45,7 +45,8 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
     )
 
 
-def _settings(peft_config) -> dict:
+def adapter_settings(peft_config) -> dict:
+    """What a PEFT config says of its adapter, without where its base comes from."""
     return {k: v for k, v in vars(peft_config).items() if k not in ("base_model_name_or_path", "revision")}
 
 

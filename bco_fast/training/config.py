@@ -25,6 +25,9 @@ class FeedbackConfig(TrainingArguments):
     """
 
     output_dir: str | None = _option(None, "Folder for checkpoints, the model, its card and the log; required")
+    overwrite_output_dir: bool = _option(
+        False, "Delete the run that is in output_dir; without it, `bco-fast` refuses to train there."
+    )
     learning_rate: float = _option(5e-6, "Peak learning rate of AdamW, per optimizer step.")
     logging_steps: float = _option(10, "Optimizer steps between log lines; below 1, a share of all steps.")
     remove_unused_columns: bool = _option(False, "Ignored: the dataset holds tokens, not columns.")

@@ -21,6 +21,7 @@ from ..losses import LossOutput
 from ..models.memory import offload_activations
 from ..models.patch import forward_logps
 from ..reference.fill import FillReport
+from ..reference.identity import reference_id
 from . import checks
 from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
@@ -101,13 +102,14 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)
         self.add_callback(self.recorder)
-        self.layout = choose_layout(
-            self.accelerator.unwrap_model(self.model), args, train_dataset or eval_dataset, self.pad_token_id,
-            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
-        )  # fmt: skip
+        policy, sharded = self.accelerator.unwrap_model(self.model), self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.layout = choose_layout(policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=sharded)
         datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
         self._own_reference = self.objective.reference and ref_model is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
+        self.identity = self.reference_identity = None  # of the model as it comes in, and of `ref_model`
+        if self.objective.reference or not sharded:
+            self.identity = reference_id(policy, autocast=self.accelerator.mixed_precision)
         if self.objective.reference and datasets:
             self.reference_report = attach_reference(self, datasets, ref_model)
 
