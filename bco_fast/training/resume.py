@@ -15,7 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from ..files import json_numbers
 from .checkpoints import CheckpointError, Verdict, begin, candidates, choose, commit, examine, rotate
+from .finite import FiniteWatch
 from .fingerprint import differences, fingerprint, read_fingerprint, write_fingerprint
 
 logger = logging.getLogger("bco_fast")
@@ -52,6 +54,7 @@ class WholeCheckpoints:
     """Of this run; known once `train` has begun."""
 
     def __init__(self, *args, **kwargs):
+        self.finite = FiniteWatch()
         super().__init__(*args, **kwargs)
         self.add_callback(_SaveAfterEpochEnd())
 
@@ -67,7 +70,7 @@ class WholeCheckpoints:
         Raises:
             CheckpointError: there is no whole checkpoint to resume from, or it is another run's.
         """
-        self.fingerprint = fingerprint(self)
+        self.fingerprint, self.finite = fingerprint(self), FiniteWatch()
         if self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
             logger.warning("save_only_model: checkpoints hold no optimizer, so this run cannot be resumed")
         if resume_from_checkpoint:
@@ -126,9 +129,17 @@ class WholeCheckpoints:
         if self.state.global_step >= self.state.max_steps:  # resumed at the last step; the Trainer would train one more
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        with self.finite.stops(self.args, self.state):
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # the scaler of float16 leaves such a step out, by design
+            self.finite.gradient(norm, self.state.global_step + 1)
+        return norm
 
     def _save_checkpoint(self, model, trial):
+        self.finite.check(self.args)
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             begin(folder)
@@ -136,6 +147,7 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         # The Trainer would delete old checkpoints before this one is whole, so it sees no limit.
         self._limit_given = self.args.save_total_limit
+        self.state.best_metric = json_numbers(self.state.best_metric)  # else no later metric would be better
         with self._limit(None):
             super()._save_checkpoint(model, trial)
         self._limit_given = None
@@ -144,6 +156,13 @@ class WholeCheckpoints:
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate(folder.parent, self.args.save_total_limit, [folder] if best is None else [folder, best])
+
+    def log(self, logs, start_time=None):
+        """As the Trainer's; the log that is kept is valid JSON, and a training line stops a run that has diverged."""
+        if "loss" in logs:
+            self.finite.check(self.args)
+        super().log(logs, start_time)
+        self.state.log_history[-1] = json_numbers(self.state.log_history[-1])
 
     def _commit(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()  # for the files of every rank
@@ -172,6 +191,7 @@ class WholeCheckpoints:
 
     def _finalize_training(self, *args, **kwargs):
         """Do not load a best checkpoint that has been damaged, nor delete the others in its favour."""
+        self.finite.check(self.args)
         best = self.state.best_model_checkpoint
         if best is not None and (self.args.load_best_model_at_end or self.args.save_total_limit == 1):
             problem = self._examine(Path(best)).problem

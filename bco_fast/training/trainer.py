@@ -210,12 +210,14 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if begins and self.objective.mismatched:
             step.z_ref = mean_log_ratio(model, step.batches)
         training = torch.is_grad_enabled()
+        self.finite.begin(inputs["index"])
         with offload_activations() if self.args.activation_offloading and training else contextlib.nullcontext():
             out, aux_loss = self._run(model, inputs, step.z_ref, observe=training)
         loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
         if training:
             z_ref = step.z_ref.clamp(min=0) if begins and step.z_ref is not None else None
             self.feedback.add(loss.detach(), out.sums, z_ref, begins_step=begins)
+            self.finite.loss(out.per_example, inputs["index"], self.state.global_step + 1)
         loss = loss.to(out.per_example.dtype)
         if step is num_items_in_batch:
             loss = loss * self.accelerator.num_processes  # data parallelism takes the mean of the ranks' gradients
