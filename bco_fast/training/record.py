@@ -1,10 +1,10 @@
-"""What a run writes for people to read: run.json, held_out.jsonl and the model card.
+"""What a run writes for people to read: run.json, its log, held_out.jsonl and the model card.
 
-trainer_state.json    the log, once the run has ended
-run.json          model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
-held_out.jsonl    one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
-                  "tokens"}; reward in reward units, logp summed, in nats
-README.md         the model card: in every checkpoint, and in the run's folder at the end
+run.json            model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
+trainer_state.json  the whole log, once the run has ended
+held_out.jsonl      one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
+                    "tokens"}; reward in reward units, logp summed, in nats
+README.md           the model card: in every checkpoint, and in the run's folder at the end
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             with atomic_text(Path(args.output_dir) / "run.json") as file:
                 json.dump(json_numbers(self.record), file, indent=1)
-
 
     def _write_state(self, args, state) -> None:
         """The whole log of a run that has ended, so that nobody takes it for an interrupted one."""
