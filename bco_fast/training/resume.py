@@ -17,8 +17,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..files import json_numbers
 from .checkpoints import CheckpointError, Verdict, begin, candidates, choose, commit, examine, rotate
-from .finite import FiniteWatch
 from .fingerprint import differences, fingerprint, read_fingerprint, write_fingerprint
+from .finite import FiniteWatch
 
 logger = logging.getLogger("bco_fast")
 

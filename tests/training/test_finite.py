@@ -98,7 +98,7 @@ def test_it_stops_at_a_log_line_and_at_the_end_too(tmp_path, unchecked):
 def test_on_the_cpu_the_message_is_the_same_and_comes_at_once(tmp_path):
     trainer = _trainer(tmp_path)
     _poison(trainer, 5, "loss")
-    with pytest.raises(TrainingDiverged, match="step 5: the loss is not finite for rows .*checkpoint-4"):
+    with pytest.raises(TrainingDiverged, match=r"step 5: the loss is not finite for rows .*checkpoint-4"):
         trainer.train()
     assert trainer.state.global_step == 4
 
@@ -142,7 +142,7 @@ def test_exit_code_3_and_one_line(tmp_path, capfd, monkeypatch):
     }  # fmt: skip
     assert cli.main(["train", *(f"--{name}={value}" for name, value in options.items())]) == 3
     out, err = capfd.readouterr()
-    assert [line for line in err.splitlines() if "error" in line][0].startswith("bco-fast: error: step ")
+    assert next(line for line in err.splitlines() if "error" in line).startswith("bco-fast: error: step ")
     assert "Traceback" not in err
     assert "{" not in out
     assert not (tmp_path / "out" / "model.safetensors").exists()
