@@ -6,6 +6,7 @@ from test_logps import PeakBytes, _bytes
 
 from bco_fast.head.backends import torch as chunked
 from bco_fast.head.backends import walk
+from bco_fast.head.backends.triton import splits
 from bco_fast.head.tiling import smallest_workspace, tile_shape
 from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
 
@@ -98,3 +99,15 @@ def test_a_gradient_of_float32_master_weights_is_never_rounded():
         chunked.backward(statistics[0], None, saved, HeadNeed(True, True, False), 1 << 20)
     assert (torch.bfloat16, torch.float32) in written
     assert (torch.bfloat16, None) not in written
+
+
+@pytest.mark.parametrize("processors", [108, 132, 142], ids=["A100", "H100", "L40S"])
+@pytest.mark.parametrize("v", [32000, 50257, 128256, 262144])
+@pytest.mark.parametrize("n", [256, 1000, 8192, 32768])
+def test_vocabulary_ranges_fill_the_multiprocessors(processors, v, n):
+    """Waves x the length of a range, in blocks, against an even share of the blocks."""
+    rows, columns = -(-n // 128), -(-v // 128)
+    count = splits(rows, columns, processors, most=1 << 20)
+    waves = -(-rows * count // processors)
+    assert -(-rows * columns // processors) / (waves * -(-columns // count)) >= 0.9
+    assert 1 <= splits(rows, columns, processors, most=0) <= splits(rows, columns, processors, most=3) <= 3
