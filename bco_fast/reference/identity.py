@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NOT_COMPUTED = re.compile(
     r"_name_or_path|transformers_version|use_cache|architectures|torch_dtype|dtype|tokenizer_class|"
-    r"(pad|bos|eos|sep|cls|mask|unk|decoder_start|image|boi|eoi)_token_(id|index)|"
+    r"(pad|bos|eos|sep|cls|unk|decoder_start)_token_(id|index)|"
     r"initializer_\w+|init_\w+|\w*(dropout|pdrop|layerdrop)\w*|"
     r"id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|"
     r"output_(attentions|hidden_states|router_logits)|return_dict|use_return_dict|router_(aux_loss_coef|jitter_noise)"
@@ -60,11 +60,12 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
     )
 
 
-def _computed(config: PreTrainedConfig, source: str) -> dict:
+def _computed(config: PreTrainedConfig, source: str | None) -> dict:
     """What of a config decides what the model computes.
 
     Args:
-        source: of the model. A key that its config's class does not know counts only if it is mentioned there.
+        source: of the model, None if nobody has it. A key that the config's class does not know counts only if it is
+            mentioned there.
     """
     try:
         known = type(config)().to_dict()
@@ -74,18 +75,25 @@ def _computed(config: PreTrainedConfig, source: str) -> dict:
     found = {}
     for key, value in config.to_dict().items():
         part = getattr(config, key, None)
-        if (key in known or key in source) and not _NOT_COMPUTED.fullmatch(key) and (scaled or key not in _LIMITS):
+        if (
+            (key in known or source is None or key in source)
+            and not _NOT_COMPUTED.fullmatch(key)
+            and (scaled or key not in _LIMITS)
+        ):
             found[key] = _computed(part, source) if hasattr(part, "model_type") else value
     return found
 
 
-def _source(model: nn.Module) -> str:
+def _source(model: nn.Module) -> str | None:
     modules = {type(part).__module__ for part in model.modules()} | {
         "transformers.masking_utils",
         "transformers.modeling_rope_utils",
         "transformers.modeling_utils",
     }
-    return "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules) if not name.startswith("torch."))
+    try:
+        return "".join(inspect.getsource(sys.modules[name]) for name in modules if not name.startswith("torch."))
+    except (OSError, TypeError, KeyError):  # written in a notebook, say
+        return None
 
 
 def _plain_positions(config: PreTrainedConfig) -> bool:
