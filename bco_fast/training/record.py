@@ -105,14 +105,21 @@ class RunRecorder(TrainerCallback):
         self._write_record(args, state)
         self._write_state(args, state)
 
-    def write_card(self, folder: str | Path, args: FeedbackConfig, state: TrainerState, model: nn.Module) -> None:
+    def write_card(
+        self,
+        folder: str | Path,
+        args: FeedbackConfig,
+        state: TrainerState,
+        model: nn.Module,
+        license: str | None = None,
+    ) -> None:
         """Write README.md beside a model. It replaces PEFT's, which knows less and contains local paths.
 
         `save_model` calls it, not `on_save`, because the manifest of a checkpoint holds the card's checksum.
         """
         self._update(args, state, model)
         with atomic_text(Path(folder) / "README.md") as file:
-            file.write(model_card(self.record))
+            file.write(model_card(self.record, license))
 
     def _update(self, args: FeedbackConfig, state, model: nn.Module | None) -> None:
         record = self.record

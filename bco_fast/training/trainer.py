@@ -275,11 +275,12 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         super().save_model(output_dir, _internal_call)
         self.create_model_card(output_dir=output_dir)
 
-    def create_model_card(self, *args, output_dir=None, **kwargs):
-        """Write README.md beside a model. It describes the run by itself, so the Trainer's arguments are not read."""
+    def create_model_card(self, *args, output_dir=None, license=None, **kwargs):
+        """Write README.md beside a model. It describes the run by itself; of the Trainer's arguments it reads `license`."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.recorder.write_card(folder, self.args, self.state, self.accelerator.unwrap_model(self.model))
+            model = self.accelerator.unwrap_model(self.model)
+            self.recorder.write_card(folder, self.args, self.state, model, license)
 
 
 def _class_weights(dataset: FeedbackDataset | None, args: FeedbackConfig) -> tuple[float, float]:
