@@ -6,6 +6,7 @@ The order is the same everywhere: write under a temporary name, fsync the file, 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -64,6 +65,15 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
                 failpoint("wrote a piece")
         finally:
             os.close(file)
+
+
+def json_numbers(value):
+    """A value of dicts, lists and numbers for JSON, which has no infinity and no NaN: they become None."""
+    if isinstance(value, dict):
+        return {key: json_numbers(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_numbers(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 
+from ..files import json_numbers
 from .common import UsageError, nearest
 
 COMMANDS = {
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
         print(f"bco-fast: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     if summary is not None:
-        print(json.dumps(summary), flush=True)
+        print(json.dumps(json_numbers(summary)), flush=True)
     return 0

@@ -23,6 +23,7 @@ import numpy as np
 from ..files import atomic_path, stale_files
 from ..losses import OBJECTIVES
 from ..reference.cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
+from ..reference.seen import SeenShards
 from ..reference.shards import SHARD_NAME, BadShard
 from .common import Parser, UsageError, accelerator, add_fields, load_model_and_tokenizer, nearest, usage_errors
 
@@ -300,5 +301,6 @@ def prune(arguments: list[str]) -> None:
                     path.unlink(missing_ok=True)
         if options.yes and not any(cache.folder.iterdir()):
             cache.folder.rmdir()
+            SeenShards(cache.folder).path.unlink(missing_ok=True)
     done = "removed" if options.yes else "nothing was removed; --yes removes them" if count else "nothing to remove"
     print(f"{_count(count, 'file')}, {_bytes(size)}: {done}")

@@ -17,6 +17,14 @@ logger = logging.getLogger("bco_fast")
 class UsageError(Exception):
     """An error that the user can fix; printed as one line, exit code 2."""
 
+    exit_code = 2
+
+
+class DivergedError(UsageError):
+    """Training has diverged and was stopped; one line, exit code 3."""
+
+    exit_code = 3
+
 
 @contextlib.contextmanager
 def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:

@@ -6,6 +6,7 @@ A file written for TRL's KTO script is accepted too, see `trl_yaml`.
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -18,11 +19,35 @@ from .trl_yaml import from_trl
 MAX_BYTES = 1 << 20
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader with the numbers of YAML 1.2: 1:30 is no number (in 1.1 it is 90), 010 is ten (in 1.1 eight)."""
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        text = self.construct_scalar(node)
+        if re.fullmatch(r"0[ox][0-9a-fA-F]+", text):
+            return int(text, 0)
+        return (
+            int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        )
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|0o[0-7]+$|0x[0-9a-fA-F]+$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
+
+
 def read_config(path: str, parser: Parser, config_class: type) -> list[str]:
     """A YAML file of options as command-line arguments, in the order of the file.
 
     Args:
-        path: the file; `yaml.safe_load` reads it, so it can build no objects and run no code.
+        path: the file; read with a safe loader, so it can build no objects and run no code.
         parser: knows the options; it checks the words that come back, as it checks flags.
         config_class: its annotations tell where a switch, a list or a mapping fits, which as a word would pass for text.
 
@@ -70,7 +95,7 @@ def _load(path: str) -> dict[str, object]:
         raise ValueError(f"larger than {MAX_BYTES} bytes, not a configuration")
     try:
         # safe_load alone silently keeps the last value of a key that is given twice
-        node, options = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        node, options = yaml.compose(text, Loader=_Loader), _Loader(text).get_single_data()
     except RecursionError:
         raise ValueError("nested too deeply, not a configuration") from None
     except (yaml.YAMLError, ValueError) as error:

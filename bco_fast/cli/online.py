@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
-from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
+from .run_options import add_run_options, check_earlier_run, checkpoint_to_resume, parse_run, run, run_summary
 
 
 def online(arguments: list[str]) -> dict:
@@ -16,7 +16,6 @@ def online(arguments: list[str]) -> dict:
     from ..online.config import OnlineConfig
     from ..online.rewards import load_reward
     from ..online.trainer import OnlineFeedbackTrainer
-    from ..training.checkpoints import CheckpointError
 
     own = common.Parser(add_help=False)
     add_run_options(own)
@@ -41,7 +40,8 @@ def online(arguments: list[str]) -> dict:
     options, config = parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
     config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_output_dir(config.output_dir)
-    with common.usage_errors(CheckpointError, ValueError, TypeError, ImportError):
+    check_earlier_run(config)
+    with common.usage_errors(ValueError, TypeError, ImportError):
         prompts = read_prompts(options.prompts)
         eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
         reward = load_reward(options.reward)
@@ -49,7 +49,7 @@ def online(arguments: list[str]) -> dict:
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts
         )
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        run(trainer, config.resume_from_checkpoint)
         metrics = trainer.evaluate() if eval_prompts else {}
     trainer.save_model(config.output_dir)
     trainer.save_state()

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors
+from .common import DivergedError, Help, Parser, UsageError, config_parser, nearest, usage_errors
 from .config_file import read_config
 
 
@@ -79,6 +79,19 @@ def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], 
     return formatter.format_help()
 
 
+def check_earlier_run(config) -> None:
+    """Nothing that was trained before is replaced unless the user says so."""
+    from ..training.record import earlier_run
+
+    there = earlier_run(config.output_dir)
+    if there is None or config.overwrite_output_dir or config.resume_from_checkpoint is not None:
+        return
+    raise UsageError(
+        f"--output_dir {config.output_dir} holds {there}: continue it with --resume_from_checkpoint true, replace it with "
+        "--overwrite_output_dir true, or choose another folder"
+    )
+
+
 def checkpoint_to_resume(config) -> str | bool | None:
     """What to resume from: a folder, or True for the newest whole checkpoint of output_dir."""
     from ..training.checkpoints import candidates
@@ -93,6 +106,22 @@ def checkpoint_to_resume(config) -> str | bool | None:
     if not any(Path(wanted, name).is_file() for name in ("trainer_state.json", "manifest.json")):
         raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint")
     return str(wanted)
+
+
+def run(trainer, resume_from_checkpoint) -> None:
+    """Train; what stops it and the user can fix is one line."""
+    from ..training.checkpoints import CheckpointError
+    from ..training.finite import TrainingDiverged
+    from ..training.record import remove_run
+
+    if trainer.args.overwrite_output_dir and not resume_from_checkpoint and trainer.is_world_process_zero():
+        remove_run(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        with usage_errors(CheckpointError):
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except TrainingDiverged as error:
+        raise DivergedError(str(error)) from None
 
 
 def run_summary(trainer, start: float) -> dict:

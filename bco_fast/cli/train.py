@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from . import common
-from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
+from .run_options import add_run_options, check_earlier_run, checkpoint_to_resume, parse_run, run, run_summary
 
 
 def parse(arguments: list[str]):
@@ -46,6 +46,7 @@ def train(arguments: list[str]) -> dict:
             raise common.UsageError(f"{flag} {path}: no such file")
     config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_output_dir(config.output_dir)
+    check_earlier_run(config)
     reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale")}
     limits = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "on_bad_row")}
     with common.usage_errors(ValueError):
@@ -66,13 +67,11 @@ def train(arguments: list[str]) -> dict:
 
 def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:
     """Train, evaluate, save; -> what `train` prints."""
-    from ..training.checkpoints import CheckpointError
     from ..training.trainer import FeedbackTrainer
 
     with common.usage_errors(ValueError, TypeError, ImportError):
         trainer = FeedbackTrainer(model, config, train_dataset, eval_dataset, processing_class=tokenizer)
-    with common.usage_errors(CheckpointError):
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    run(trainer, config.resume_from_checkpoint)
     metrics = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model(config.output_dir)
     trainer.save_state()

@@ -14,6 +14,7 @@
     label                  [B] bool
     weight, score          [B] float32
     ref_logps              [B] float32, summed over the completion
+    index                  [B] int64, number of the row or pair in the dataset
     ref_token_logps        [K] float32, where the items have them
     counts                 [3] int64: thumbs up, thumbs down, completion tokens of thumbs up; of pairs: pairs, 0, tokens of
                            the chosen completions
@@ -80,6 +81,7 @@ def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *,
         "weight": torch.tensor([example.weight for example in examples], dtype=torch.float32),
         "score": torch.tensor([example.score for example in examples], dtype=torch.float32),
         "ref_logps": torch.tensor([item.ref_logps for item in items], dtype=torch.float32),
+        "index": torch.tensor([item.index for item in items]),
     }
     up = int(labels.sum())
     lengths = batch["cu_completions"].diff()

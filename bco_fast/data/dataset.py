@@ -56,6 +56,8 @@ class Item(NamedTuple):
     ref_token_logps: np.ndarray | None = None  # [completion tokens] float32
     mismatched: Item | None = None
     """The same prompt with another prompt's completion, for KTO's z_ref."""
+    index: int = -1
+    """Number of the row or pair in the dataset, from 0; -1: unknown."""
 
 
 @dataclass
@@ -92,4 +94,5 @@ class FeedbackDataset(torch.utils.data.Dataset):
             math.nan if self.ref_logps is None else float(self.ref_logps[index]),
             None if self.ref_token_logps is None else self.ref_token_logps[index],
             None if self.mismatched is None else self.mismatched.item(index),
+            index // (1 + self.paired),
         )

@@ -124,7 +124,8 @@ def plot_histogram(run: Run):
         return None
     label, reward = run.rows["label"], run.rows["reward"]
     low, high = np.quantile(reward, [0.005, 0.995])
-    low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
+    room = max(0.5, 1e-6 * abs(low))
+    low, high = (low, high) if high - low > 1e-9 * room else (low - room, low + room)
     edges = np.linspace(low, high, 31)
     figure, axes = _figure()
     for mine, color, name, hatch, _ in _classes(run):

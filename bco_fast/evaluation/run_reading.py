@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+LARGEST = 1e30
+MAX_BYTES = 256 << 20  # of a log; a million lines
+MAX_LINE, MAX_ROWS = 1 << 16, 1 << 22  # of held_out.jsonl
+
 
 class ReportError(ValueError):
     """A folder that is not a run, or a report that cannot be written."""
@@ -49,7 +53,7 @@ class Run:
         if not self.record.get("reference"):
             return None
         beta = self.record.get("beta")
-        return 1 / beta if is_finite(beta) and beta > 0 else 1.0
+        return 1 / beta if is_finite(beta) and beta > 1 / LARGEST else 1.0
 
     @property
     def reward_unit(self) -> str:
@@ -58,7 +62,8 @@ class Run:
 
 
 def is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that can be drawn: of 1e30 and more, an axis shows nothing, and its arithmetic overflows."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def load_run(folder: str | os.PathLike) -> Run:
@@ -82,7 +87,7 @@ def load_run(folder: str | os.PathLike) -> Run:
     history = [line for line in history if isinstance(line, dict) and is_finite(line.get("step"))]
     home = folder if (folder / "run.json").is_file() or not folder.name.startswith("checkpoint-") else folder.parent
     record = _json(home / "run.json")
-    run = Run(folder, folder.resolve().name, history, record if isinstance(record, dict) else {})
+    run = Run(folder, folder.resolve().name, history, _parts(record))
     if not whole:
         run.left_out.append(f"The log is that of {file.parent.name}: the run has not ended, or was interrupted.")
     if not run.record:
@@ -91,9 +96,24 @@ def load_run(folder: str | os.PathLike) -> Run:
     return run
 
 
+def _parts(record) -> dict:
+    """run.json without parts of another form than ours."""
+    record = dict(record) if isinstance(record, dict) else {}
+    for key in ("options", "versions", "data"):
+        if not isinstance(record.get(key, {}), dict):
+            del record[key]
+    if not isinstance(record.get("data", {}).get("train", {}), dict):
+        del record["data"]
+    return record
+
+
 def _json(path: Path):
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ReportError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not the log of a run")
         return json.loads(path.read_text(encoding="utf-8"))
+    except ReportError:
+        raise
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -105,14 +125,18 @@ def _read_rows(run: Run, path: Path) -> None:
     rows = []
     try:
         with path.open(encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                rows.append([float(row[name]) for name in ("label", "reward", "logp", "tokens")])
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE or len(rows) == MAX_ROWS:
+                    raise ValueError("too long")
+                row = json.loads(line)
+                values = (row[name] for name in ("label", "reward", "logp", "tokens"))
+                rows.append([math.nan if value is None else float(value) for value in values])
                 run.rows_step = int(row["step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         run.left_out.append(f"held_out.jsonl cannot be read (line {len(rows) + 1}): its plots are left out.")
         return
     columns = np.array(rows, dtype=np.float64).reshape(-1, 4)
-    columns = columns[np.isfinite(columns).all(1)]
+    columns = columns[(np.abs(columns) < LARGEST).all(1)]
     if not len(columns):
         run.left_out.append("held_out.jsonl has no finite row: its plots are left out.")
         return

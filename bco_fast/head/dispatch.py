@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .sparse.choose import choose_blocks
 from .tiling import accumulator_dtype
-from .types import DENSE, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant
+from .types import DENSE, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant, NotFiniteError
 
 logger = logging.getLogger("bco_fast")
 
@@ -85,7 +85,7 @@ def check_values(inputs: HeadInputs, ignore_index: int | None, *, vocabulary: in
         if name == "hidden" and keep is not None:
             wrong &= keep  # padding may hold anything: it is dropped before the head
         if wrong.any():
-            raise ValueError(f"{name} has a value that is not finite, first in row {int(wrong.nonzero()[0])}")
+            raise NotFiniteError(f"{name} has a value that is not finite, first in row {int(wrong.nonzero()[0])}")
     if bias is not None and not (bias < float("inf")).all():  # -inf masks a token; NaN and +inf mean nothing
         raise ValueError(f"bias has NaN or +inf at token {int((~(bias < float('inf'))).nonzero()[0])}")
 

@@ -55,6 +55,10 @@ class HeadStats:
         return f"HeadStats(kept_fraction={self.kept_fraction}, error_bound={self.error_bound})"
 
 
+class NotFiniteError(ValueError):
+    """A value on the CPU is NaN or infinite where the operator or an objective needs a number."""
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     """How the head is computed; none of it changes what is computed. See `fused_linear_logps`."""

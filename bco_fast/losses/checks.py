@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..head.types import NotFiniteError
+
 
 def first(bad: Tensor) -> int:
     """Index of the first True of a vector."""
@@ -33,7 +35,7 @@ def check_vectors(*, like: str, **vectors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {vector.device} and {like} on {model.device}")
         if vector.device.type == "cpu" and not vector.isfinite().all():
             row = first(~vector.isfinite())
-            raise ValueError(f"{name}[{row}] is {float(vector[row])}: not finite")
+            raise NotFiniteError(f"{name}[{row}] is {float(vector[row])}: not finite")
 
 
 def check_labels(labels: Tensor, shape: torch.Size, device: torch.device, like: str = "logps") -> None:

@@ -50,6 +50,8 @@ class OnlineConfig(FeedbackConfig):
         super().__post_init__()
         if self.objective.data == "pairs":
             raise ValueError(f"{self.loss_type} needs pairs; online training samples completions one by one")
+        if self.tokens_per_batch is not None:
+            raise ValueError("online training cuts its batches by rows: leave tokens_per_batch out")
         if self.max_steps <= 0:
             raise ValueError("online training has no epochs: give max_steps")
         counts = ("steps_per_round", "samples_per_prompt", "replay_epochs", "max_new_tokens", "generation_batch_size")

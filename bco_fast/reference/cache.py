@@ -255,7 +255,7 @@ class ReferenceCache:
             return
         except OSError as error:
             raise CacheError(f"cannot read the cache {self.folder}: {error}. Choose another cache_dir.") from None
-        new = []
+        new, bad = [], {}
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
                 known = self._left_out.get(entry.name)
@@ -266,7 +266,8 @@ class ReferenceCache:
                 continue  # removed meanwhile
             except (BadShard, OSError) as error:
                 self._left_out[entry.name] = _LeftOut(str(error), getattr(error, "damaged", False), _state(entry))
-                _warn(entry.path, f"{error}; its rows will be computed again")
+                bad[entry.path] = f"{error}; its rows will be computed again"
+        _warn_of(bad)
         self._add(new)
 
     def drop_damaged(self, keys: Sequence[bytes]) -> None:
@@ -276,7 +277,7 @@ class ReferenceCache:
         with a warning that names it; so are shards that were left out because their index has changed.
         """
         damaged = [self.folder / name for name, left_out in self._left_out.items() if left_out.damaged]
-        places = self.find(keys)
+        places, bad = self.find(keys), {}
         for index in np.unique(places[places[:, 0] >= 0, 0]):
             shard = self.shards[index]
             try:
@@ -284,8 +285,9 @@ class ReferenceCache:
             except FileNotFoundError:
                 damaged.append(shard.path)  # only our index still knows it
             except BadShard as error:
-                _warn(shard.path, f"{error}; the rows of this shard will be computed again")
+                bad[shard.path] = f"{error}; the rows of this shard will be computed again"
                 damaged.append(shard.path)
+        _warn_of(bad)
         if damaged:
             with self._writing():
                 for path in damaged:
@@ -338,7 +340,9 @@ class ReferenceCache:
         except FileNotFoundError:
             return
         except (BadShard, OSError, ValueError) as error:
-            _warn(path, f"{error}; it will be written anew")  # shards are verified without it: only the plan is lost
+            _warn_of(
+                {path: f"{error}; it will be written anew"}
+            )  # shards are verified without it: only the plan is lost
             return
         self.reference = self.reference or ReferenceId(**manifest["reference"])
         self.model_name = manifest["model"]
@@ -365,8 +369,11 @@ def _state(entry: os.DirEntry) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _warn(path: str | os.PathLike, reason: str) -> None:
-    warnings.warn(f"{os.fspath(path)}: {reason}", RuntimeWarning, stacklevel=4)
+def _warn_of(bad: dict[str | os.PathLike, str]) -> None:
+    """One warning, however many files there are."""
+    for path, reason in list(bad.items())[:1]:
+        others = f" (and so for {len(bad) - 1} other files in that folder)" if len(bad) > 1 else ""
+        warnings.warn(f"{os.fspath(path)}: {reason}{others}", RuntimeWarning, stacklevel=4)
 
 
 def _render(manifest: dict) -> bytes:

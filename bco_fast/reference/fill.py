@@ -20,11 +20,14 @@ from ..data.samplers import token_batches
 from ..models.attention import base_attention, knows_segments
 from ..models.patch import completion_logps, logp_budget
 from .cache import CacheError, FillPlan, ReferenceCache
+from .seen import SeenShards
 
 ROWS_PER_SHARD = 512
 
-
 CHECKED_ROWS = 4
+"""Cached rows that every run computes again."""
+CHECKED_UNSEEN_ROWS, CHECKED_UNSEEN_SHARE = 64, 0.01
+"""Rows of shards from elsewhere that are computed again once: the larger of this many and this share of them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def fill(
     known = cache.find(keys)[:, 0] >= 0
     hits = {key: by_key[key] for key, here in zip(keys, known, strict=True) if here}
     missing = {key: by_key[key] for key in keys if key not in hits}
+    present, seen = list(cache.shards), SeenShards(cache.folder)
     computed = 0
     if layout is None:
         flash = base_attention(model.config).startswith("flash_attention")
@@ -93,7 +97,9 @@ def fill(
             computed = _compute(cache, missing, model, plan, pad_token_id, progress, layout)
         cache.settle()
         if hits:
-            _spot_check(cache, hits, model, pad_token_id)
+            used = _spot_check(cache, hits, seen, model, pad_token_id, tokens_per_batch)
+            seen.add(used)
+        seen.add(shard.path for shard in cache.shards if shard not in present)
     return FillReport(len(keys), len(keys) - computed, computed, time.perf_counter() - start)
 
 
@@ -160,16 +166,46 @@ def token_logps(
     return np.split(logps.float().cpu().numpy(), batch["cu_completions"][1:-1].numpy())
 
 
-def _spot_check(cache: ReferenceCache, hits: dict[bytes, Example], model: nn.Module, pad_token_id: int) -> None:
-    """Recompute a few cached rows, others each time: a reference that is not this model shows in the first."""
-    chosen = np.random.default_rng().choice(len(hits), min(CHECKED_ROWS, len(hits)), replace=False)
-    budget = logp_budget(model, autocast=torch.is_autocast_enabled(next(model.parameters()).device.type))
+def _spot_check(
+    cache: ReferenceCache,
+    hits: dict[bytes, Example],
+    seen: SeenShards,
+    model: nn.Module,
+    pad_token_id: int,
+    tokens_per_batch: int,
+) -> list[Path]:
+    """Compute cached rows again and compare, more of those in shards from elsewhere; -> the shards that hold `hits`.
+
+    A reference that is not this model shows in the first row; forged rows in a copied folder show in proportion.
+    """
     keys = list(hits)
-    for key in (keys[i] for i in chosen):
-        fresh = token_logps(model, [hits[key]], pad_token_id)[0]
-        stored = cache.token_logps(key)
-        if fresh.shape != stored.shape or not np.abs(fresh - stored).mean() <= budget:
-            raise CacheError(
-                f"row {key.hex()} of {cache.folder} does not agree with the reference model any more. "
-                "Delete that folder, or choose another cache_dir, and run again."
-            )
+    places = cache.find(keys)[:, 0]
+    shards = {int(i): cache.shards[i].path for i in np.unique(places)}
+    unseen = np.flatnonzero(np.isin(places, [i for i, path in shards.items() if path not in seen]))
+    rng = np.random.default_rng()
+    if len(unseen):
+        count = max(CHECKED_UNSEEN_ROWS, int(np.ceil(CHECKED_UNSEEN_SHARE * len(unseen))))
+        chosen = _spread(unseen, places[unseen], rng)[:count]
+    else:
+        chosen = rng.choice(len(keys), min(CHECKED_ROWS, len(keys)), replace=False)
+    examples = [hits[keys[i]] for i in chosen]
+    budget = logp_budget(model, autocast=torch.is_autocast_enabled(next(model.parameters()).device.type))
+    for batch in token_batches([[e] for e in examples], range(len(examples)), tokens_per_batch):
+        rows = [examples[i] for i in batch]
+        for row, fresh in zip(rows, token_logps(model, rows, pad_token_id), strict=True):
+            stored = cache.token_logps(row.key)
+            if fresh.shape != stored.shape or not np.abs(fresh - stored).mean() <= budget:
+                raise CacheError(
+                    f"row {row.key.hex()} of {cache.folder} does not agree with the reference model any more. "
+                    "Delete that folder, or choose another cache_dir, and run again."
+                )
+    return list(shards.values())
+
+
+def _spread(rows: np.ndarray, shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows in random order, but one of every shard first, then a second of every shard, ..."""
+    order = rng.permutation(len(rows))
+    order = order[np.argsort(shards[order], kind="stable")]
+    _, starts, counts = np.unique(shards[order], return_index=True, return_counts=True)
+    turns = np.arange(len(rows)) - np.repeat(starts, counts)
+    return rows[order[np.argsort(turns + rng.random(len(rows)))]]

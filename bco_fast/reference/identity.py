@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+import re
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +18,19 @@ from torch import Tensor, nn
 from ..models.attention import PREFIX
 from .cache import ReferenceId
 
-# Settings of a config that do not change the function it describes.
-_VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "architectures", "torch_dtype", "dtype")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_NOT_COMPUTED = re.compile(
+    r"_name_or_path|transformers_version|use_cache|architectures|torch_dtype|dtype|tokenizer_class|"
+    r"(pad|bos|eos|sep|cls|unk|decoder_start)_token_(id|index)|"
+    r"initializer_\w+|init_\w+|\w*(dropout|pdrop|layerdrop)\w*|"
+    r"id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|"
+    r"output_(attentions|hidden_states|router_logits)|return_dict|use_return_dict|router_(aux_loss_coef|jitter_noise)"
+)
+"""Keys of a config that decide nothing a reference computes: it runs in eval mode, on tokens that are given."""
+_LIMITS = ("max_position_embeddings", "n_positions")
+"""They bound a row and, unless rotary positions are scaled by them, compute nothing; learned positions have them in their shape."""
 _HASHED_PIECE = 32 << 20  # bytes; several threads hash the pieces of one tensor
 
 
@@ -33,9 +48,9 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
         ValueError: a weight is not in memory (meta device), or an adapter is merged into the base weights in place.
     """
     weights = _weights(model, adapter)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    config = _computed(model.config, _source(model))
     if adapter and hasattr(model, "peft_config"):
-        config["adapters"] = {name: _settings(model.peft_config[name]) for name in model.active_adapters}
+        config["adapters"] = {name: adapter_settings(model.peft_config[name]) for name in model.active_adapters}
     text = json.dumps(config, sort_keys=True, default=_plain)
     return ReferenceId(
         weights=_digest(weights),
@@ -45,7 +60,55 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
     )
 
 
-def _settings(peft_config) -> dict:
+def _computed(config: PreTrainedConfig, source: str | None) -> dict:
+    """What of a config decides what the model computes.
+
+    Args:
+        source: of the model, None if nobody has it. A key that the config's class does not know counts only if it is
+            mentioned there.
+    """
+    try:
+        known = type(config)().to_dict()
+    except Exception:  # a class without defaults; all of its keys count then
+        known = config.to_dict()
+    scaled = not _plain_positions(config)
+    found = {}
+    for key, value in config.to_dict().items():
+        part = getattr(config, key, None)
+        if (
+            (key in known or source is None or key in source)
+            and not _NOT_COMPUTED.fullmatch(key)
+            and (scaled or key not in _LIMITS)
+        ):
+            found[key] = _computed(part, source) if hasattr(part, "model_type") else value
+    return found
+
+
+def _source(model: nn.Module) -> str | None:
+    modules = {type(part).__module__ for part in model.modules()} | {
+        "transformers.masking_utils",
+        "transformers.modeling_rope_utils",
+        "transformers.modeling_utils",
+    }
+    try:
+        return "".join(inspect.getsource(sys.modules[name]) for name in modules if not name.startswith("torch."))
+    except (OSError, TypeError, KeyError):  # written in a notebook, say
+        return None
+
+
+def _plain_positions(config: PreTrainedConfig) -> bool:
+    """Whether no rotary positions depend on the longest row."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = (
+        [rope] if "rope_type" in rope or "type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    )
+    return all(
+        kind.get("rope_type", kind.get("type", "default")) in ("default", "linear", "proportional") for kind in kinds
+    )
+
+
+def adapter_settings(peft_config) -> dict:
+    """What a PEFT config says of its adapter, without where its base comes from."""
     return {k: v for k, v in vars(peft_config).items() if k not in ("base_model_name_or_path", "revision")}
 
 
@@ -55,9 +118,13 @@ def _plain(value) -> object:
 
 
 def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
-    """Tensors by name. Without adapters these are the base model's names and tensors, so that both find one cache."""
+    """Tensors by name. Without adapters these are the base model's names and tensors, so that both find one cache.
+
+    Buffers that no checkpoint holds, such as the frequencies of rotary positions, count too.
+    """
+    tensors = dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
     if not hasattr(model, "peft_config"):
-        return model.state_dict()
+        return tensors
     if not adapter and not hasattr(model, "get_base_model"):
         raise ValueError("an adapter was added to the model in place: wrap it with peft.get_peft_model instead")
     layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
@@ -67,7 +134,7 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
             "merge_and_unload() to make the merged model the reference"
         )
     if adapter:
-        return model.state_dict()
+        return tensors
     base = next(f"{name}." for name, module in model.named_modules() if module is model.get_base_model())
     # PEFT keeps the module that it wraps under one of two names; what else it puts beside it is the adapter's.
     wrapped = {
@@ -77,7 +144,7 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
         if inner in dict(layer.named_children())
     }
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         for outside, inside in reversed(wrapped.items()):  # inner modules first: their names contain the outer ones
             if name.startswith(inside):
                 name = outside + name.removeprefix(inside)

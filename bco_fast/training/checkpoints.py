@@ -33,6 +33,8 @@ from safetensors import safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from .. import files
+from .fingerprint import FILE as FINGERPRINT
+from .fingerprint import read_fingerprint
 
 SCHEMA = 2  # 1 had the SHA-256 of every file; it is still read
 MANIFEST = "manifest.json"
@@ -46,7 +48,9 @@ _DELETED = re.compile(r"checkpoint-\d+(\.replaced)?\.deleted")
 _PICKLED = re.compile(
     r"(optimizer|scheduler|scaler)\.pt|(optimizer|pytorch_model|adapter_model)\.bin|rng_state(_\d+)?\.pth"
 )
-_READ = re.compile(_PICKLED.pattern + r"|(model|adapter_model)\.safetensors(\.index\.json)?|trainer_state\.json")
+_READ = re.compile(
+    _PICKLED.pattern + r"|(model|adapter_model)\.safetensors(\.index\.json)?|(trainer_state|fingerprint)\.json"
+)
 
 # Files without which a run cannot be resumed; the patterns match paths in the folder. DeepSpeed's are under global_step*.
 _NEEDED = {
@@ -236,6 +240,8 @@ def _parse(path: Path, name: str, verified: bool) -> None:
     if name == "trainer_state.json":
         if not isinstance(json.loads(path.read_bytes())["global_step"], int):
             raise ValueError("it has no step")
+    elif name == FINGERPRINT:
+        read_fingerprint(path.parent)
     elif _PICKLED.fullmatch(name):
         if zipfile.is_zipfile(path):
             _read_archive(path, checksums=False)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Layout, collate_tokens, to_device
-from ..data.dataset import Example
+from ..data.batch import Layout, collate_tokens, layout_tokens, to_device
+from ..data.dataset import Example, FeedbackDataset
 from ..models.attention import knows_segments
 from ..models.patch import logp_budget
 from .step import completion_sums
@@ -26,6 +26,17 @@ def check_positions(model: nn.Module, max_length: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise ValueError(f"max_length is {max_length}, but the model has {positions} positions")
+
+
+def check_budget(dataset: FeedbackDataset, tokens_per_batch: int) -> None:
+    """Refuse a budget that a single row or pair exceeds."""
+    sizes = [layout_tokens(sides, "packed") for sides in dataset.sides]
+    row = int(np.argmax(sizes))
+    if sizes[row] > tokens_per_batch:
+        raise ValueError(
+            f"tokens_per_batch is {tokens_per_batch}, but row {row} (counted from 0) alone has {sizes[row]} tokens: raise it or "
+            "lower max_length"
+        )
 
 
 @torch.no_grad()

@@ -16,6 +16,28 @@ def _option(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
+NOT_READ = {
+    "label_smoothing_factor": "the objective is the loss",
+    "remove_unused_columns": "the dataset holds tokens, not columns",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "label_names": "batches have one form",
+    "train_sampling_strategy": "batch_composition and share_prompts decide the order of the rows",
+    "length_column_name": "the dataset holds tokens, not columns",
+    "average_tokens_across_devices": "the loss of a step is always that of all its rows on all devices",
+    "eval_do_concat_batches": "metrics are those of all held-out rows together",
+    "batch_eval_metrics": "metrics are those of all held-out rows together",
+    "include_for_metrics": "metrics are computed from rewards and labels",
+    "do_predict": "bco-fast generate writes completions",
+}
+"""Options of TrainingArguments without effect here, and why; another value than the default is refused."""
+
+ROWS_ONLY = (
+    "per_device_train_batch_size", "auto_find_batch_size", "dataloader_drop_last", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
+)  # fmt: skip
+"""Options that `tokens_per_batch` replaces."""
+
+
 @dataclass
 class FeedbackConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the options of objectives on feedback.
@@ -25,9 +47,13 @@ class FeedbackConfig(TrainingArguments):
     """
 
     output_dir: str | None = _option(None, "Folder for checkpoints, the model, its card and the log; required")
+    overwrite_output_dir: bool = _option(
+        False, "Delete the run that is in output_dir; without it, `bco-fast` refuses to train there."
+    )
     learning_rate: float = _option(5e-6, "Peak learning rate of AdamW, per optimizer step.")
     logging_steps: float = _option(10, "Optimizer steps between log lines; below 1, a share of all steps.")
-    remove_unused_columns: bool = _option(False, "Ignored: the dataset holds tokens, not columns.")
+    remove_unused_columns: bool = _option(False, "Always false: the dataset holds tokens, not columns.")
+    logging_nan_inf_filter: bool = _option(False, "Always false: a loss that is not finite stops the run.")
 
     loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=list(OBJECTIVES))
     beta: float | None = _option(
@@ -152,16 +178,30 @@ class FeedbackConfig(TrainingArguments):
             self.beta = self.objective.beta
         elif self.objective.beta is None:
             raise ValueError(f"{self.loss_type} has no beta")
+        self._check_inherited()
         self._check_numbers()
         self._check_fit()
         self._leave_the_head_to_us()
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False  # it reads the loss of every micro-batch; the trainer logs its own
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the rows follows torch's seed of the moment, also on resume
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every start
         self.new_shift()  # raises on a bad mode or decay
+
+    def _given(self, name: str) -> bool:
+        return getattr(self, name) not in (type(self).__dataclass_fields__[name].default, [], {}, "")
+
+    def _check_inherited(self) -> None:
+        """Options of TrainingArguments that nothing here would read are refused, like those of another objective."""
+        for name, reason in NOT_READ.items():
+            if self._given(name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be honoured: {reason}")
+        for name in ROWS_ONLY if self.tokens_per_batch is not None else ():
+            if self._given(name):
+                raise ValueError(f"tokens_per_batch makes batches of its own and does not read {name}: leave one out")
+        for axis in ("tp_size", "cp_size", "sp_size"):
+            if getattr(self.parallelism_config, axis, 1) > 1:
+                raise ValueError(f"parallelism_config: {axis} is not supported; use fsdp or deepspeed")
 
     def _check_numbers(self) -> None:
         if self.desirable_weight != "auto":

@@ -43,19 +43,25 @@ _FIGURES = {
 _NOTES = {"skipped": "bad rows left out", "prompts_cut": "prompts cut", "completions_cut": "completions cut"}
 
 
-def model_card(record: Mapping) -> str:
+def model_card(record: Mapping, license: str | None = None) -> str:
     """README.md of a model.
 
     Args:
         record: the record that `record.RunRecorder` keeps; it has no secrets and no absolute paths.
+        license: the Hub's name of one, such as apache-2.0.
+
+    Raises:
+        ValueError: license is more than one word.
     """
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
+        raise ValueError(f"license must be one word, such as apache-2.0, not {license!r}")
     name, loss_type = str(record.get("model") or ""), record["loss_type"]
     formula, source = SOURCES.get(loss_type, ("", ""))
     arxiv = re.search(r"\d{4}\.\d{5}", source)
     trained, whole = record.get("trained_parameters", 0), record.get("parameters", 0)
     step, last = record.get("step", 0), record.get("max_steps", 0)
     parts = [
-        _front_matter(record),
+        _front_matter(record, license),
         f"# {_text(name) or _text(record.get('architecture', 'A language model'))} aligned with {loss_type.upper()}",
         f"{_code(name) if name else 'A model'} ({_code(record.get('architecture', 'unknown'))}), aligned from "
         f"{'pairs of completions' if record.get('data_kind') == 'pairs' else 'judged completions'} with bco_fast; "
@@ -81,11 +87,13 @@ def model_card(record: Mapping) -> str:
     return "\n\n".join(part for part in parts if part).replace("  \n\n", "  \n") + "\n"
 
 
-def _front_matter(record: Mapping) -> str:
+def _front_matter(record: Mapping, license: str | None) -> str:
     name = str(record.get("model") or "")
     lines = ["---", f"library_name: {'peft' if record.get('adapter') else 'transformers'}"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # a Hub name; anything else would be a broken link
         lines.append(f"base_model: {json.dumps(name)}")
+    if license is not None:
+        lines.append(f"license: {json.dumps(license)}")
     return "\n".join([*lines, "tags:", "- bco_fast", f"- {record['loss_type']}", "---"])
 
 

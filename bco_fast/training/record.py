@@ -1,9 +1,10 @@
-"""What a run writes for people to read: run.json, held_out.jsonl and the model card.
+"""What a run writes for people to read: run.json, its log, held_out.jsonl and the model card.
 
-run.json          model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
-held_out.jsonl    one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
-                  "tokens"}; reward in reward units, logp summed, in nats
-README.md         the model card: in every checkpoint, and in the run's folder at the end
+run.json            model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
+trainer_state.json  the whole log, once the run has ended
+held_out.jsonl      one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
+                    "tokens"}; reward in reward units, logp summed, in nats
+README.md           the model card: in every checkpoint, and in the run's folder at the end
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import re
+import shutil
 import time
 from enum import Enum
 from pathlib import Path, PurePath
@@ -24,10 +27,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from ..data.dataset import FeedbackDataset
-from ..files import atomic_text
+from ..files import atomic_path, atomic_text, json_numbers
 from ..models.memory import peak_memory_mb
+from .checkpoints import candidates
 from .config import FeedbackConfig
 from .model_card import model_card
+
+logger = logging.getLogger("bco_fast")
+
+STATE = "trainer_state.json"
+_MODELS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 # Always recorded; other options only if they differ from their default.
 _ALWAYS = (
@@ -50,6 +59,7 @@ class RunRecorder(TrainerCallback):
         self.rows: tuple[Tensor, Tensor] | None = None
         self.start: float | None = None
         self.earlier_seconds = 0.0
+        self.trained = False
 
     def keep(self, columns: Tensor, labels: Tensor) -> None:
         """Hold the rows of an evaluation until `on_evaluate` writes them.
@@ -61,11 +71,14 @@ class RunRecorder(TrainerCallback):
         self.rows = columns, labels
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.trained = False
         self.start = time.perf_counter()
         if state.global_step:  # resumed: times add up
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self.earlier_seconds = float(json.loads((Path(args.output_dir) / "run.json").read_text())["seconds"])
         elif state.is_world_process_zero:  # of another run
+            if (there := earlier_run(args.output_dir)) is not None:
+                logger.warning("%s holds %s, which this run replaces", args.output_dir, there)
             (Path(args.output_dir) / "held_out.jsonl").unlink(missing_ok=True)
         self._update(args, state, model)
         self._write_record(args, state)
@@ -77,6 +90,8 @@ class RunRecorder(TrainerCallback):
         self.record["held_out"]["step"] = state.global_step
         self._update(args, state, model)
         self._write_record(args, state)
+        if self.trained:
+            self._write_state(args, state)
         if rows is not None and state.is_world_process_zero:
             _write_rows(Path(args.output_dir) / "held_out.jsonl", *rows, state.global_step)
 
@@ -86,17 +101,25 @@ class RunRecorder(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._update(args, state, model)
-        self.start, self.earlier_seconds = None, self.record["seconds"]
+        self.start, self.earlier_seconds, self.trained = None, self.record["seconds"], True
         self._write_record(args, state)
+        self._write_state(args, state)
 
-    def write_card(self, folder: str | Path, args: FeedbackConfig, state: TrainerState, model: nn.Module) -> None:
+    def write_card(
+        self,
+        folder: str | Path,
+        args: FeedbackConfig,
+        state: TrainerState,
+        model: nn.Module,
+        license: str | None = None,
+    ) -> None:
         """Write README.md beside a model. It replaces PEFT's, which knows less and contains local paths.
 
         `save_model` calls it, not `on_save`, because the manifest of a checkpoint holds the card's checksum.
         """
         self._update(args, state, model)
         with atomic_text(Path(folder) / "README.md") as file:
-            file.write(model_card(self.record))
+            file.write(model_card(self.record, license))
 
     def _update(self, args: FeedbackConfig, state, model: nn.Module | None) -> None:
         record = self.record
@@ -122,7 +145,36 @@ class RunRecorder(TrainerCallback):
     def _write_record(self, args, state) -> None:
         if state.is_world_process_zero:
             with atomic_text(Path(args.output_dir) / "run.json") as file:
-                json.dump(self.record, file, indent=1)
+                json.dump(json_numbers(self.record), file, indent=1)
+
+    def _write_state(self, args, state) -> None:
+        """The whole log of a run that has ended, so that nobody takes it for an interrupted one."""
+        if state.is_world_process_zero:
+            with atomic_path(Path(args.output_dir) / STATE) as path:
+                state.save_to_json(path)
+
+
+def earlier_run(folder: str | Path) -> str | None:
+    """What there is of a run in its output_dir, in words; None where there is nothing."""
+    folder = Path(folder)
+    checkpoints = [path for path in candidates(True, folder) if path.is_dir()]
+    if (folder / STATE).is_file():
+        return "a finished run"
+    if checkpoints:
+        return f"an interrupted run, up to {checkpoints[0].name}"
+    if (folder / "rounds").is_dir() and any((folder / "rounds").glob("round-*.jsonl")):
+        return "rounds of an online run"
+    return next((f"a model ({name})" for name in _MODELS if (folder / name).is_file()), None)
+
+
+def remove_run(folder: str | Path) -> None:
+    """Delete what `earlier_run` finds, but not the model: the next one replaces it when it is whole."""
+    folder = Path(folder)
+    for name in (STATE, "run.json", "held_out.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for path in [*candidates(True, folder), folder / "rounds"]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _write_rows(path: Path, columns: Tensor, labels: Tensor, step: int) -> None:
@@ -131,7 +183,7 @@ def _write_rows(path: Path, columns: Tensor, labels: Tensor, step: int) -> None:
         for item, (sides, side_labels) in enumerate(zip(columns, labels, strict=True)):
             for (reward, logp, *_, tokens), label in zip(sides, side_labels, strict=True):
                 row = {"step": step, "item": item, "label": label, "reward": reward, "logp": logp}
-                file.write(json.dumps(row | {"tokens": int(tokens)}) + "\n")
+                file.write(json.dumps(json_numbers(row | {"tokens": int(tokens)})) + "\n")
 
 
 def _describe(dataset: FeedbackDataset | None) -> dict | None:

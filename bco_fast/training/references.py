@@ -37,6 +37,7 @@ def attach_reference(
             limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
             dataset.mismatched = mismatched(dataset, **limits)
     parts = [part for d in datasets for part in (d, d.mismatched) if part is not None]
+    name = trainer.identity
     if ref_model is None:
         reference = trainer.accelerator.unwrap_model(trainer.model)
         if any(isinstance(m, nn.Dropout) and m.p > 0 for m in reference.modules()):
@@ -45,7 +46,7 @@ def attach_reference(
         reference = patch_model(ref_model, backend=args.backend, workspace_bytes=args.workspace_bytes).to(args.device)
         if knows_segments(trainer.accelerator.unwrap_model(trainer.model).config):
             use_segments(reference)
-    name = reference_id(reference, autocast=trainer.accelerator.mixed_precision)
+        name = trainer.reference_identity = reference_id(reference, autocast=trainer.accelerator.mixed_precision)
     cache = ReferenceCache(args.cache_dir or default_cache_dir(), name)
     report = fill(
         cache,

@@ -11,7 +11,7 @@ from ..data.batch import Layout, layout_tokens
 from ..data.dataset import Example, FeedbackDataset
 from ..data.samplers import GroupedSampler, token_batches
 from ..models.attention import base_attention, use_segments
-from .checks import check_layout
+from .checks import check_budget, check_layout
 from .config import FeedbackConfig
 
 logger = logging.getLogger("bco_fast")
@@ -33,6 +33,8 @@ def choose_layout(
     Raises:
         ValueError: share_prompts is "true", or padding_free is on, and the model cannot do it.
     """
+    if dataset is not None and args.tokens_per_batch is not None:
+        check_budget(dataset, args.tokens_per_batch)
     plain: Layout = "packed" if args.padding_free else "padded"
     if dataset is None or not dataset.examples:
         return plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -94,10 +96,10 @@ class FeedbackState(TrainerCallback, ExportableState):
         saved = (state.stateful_callbacks.get(type(self).__name__) or older or {}).get("attributes")
         if not saved:
             return
-        self.shift.load_state_dict(saved["shift"])
+        self.shift.load_state_dict({key: _stored(value) for key, value in saved["shift"].items()})
         self._clear()
         if saved["sums"] is not None:
-            loss, steps, kl, rho, certified, sparse, *sums = saved["sums"]
+            loss, steps, kl, rho, certified, sparse, *sums = _stored(saved["sums"])
             self._sums = torch.tensor([loss, kl, *sums], dtype=torch.float64, device=args.device)
             self._numbers = {"steps": steps, "rho": rho, "certified": certified, "sparse": sparse}
 
@@ -107,4 +109,19 @@ class FeedbackState(TrainerCallback, ExportableState):
         if self._sums is not None:
             (loss, kl, *rest), numbers = self._sums.tolist(), self._numbers
             sums = [loss, numbers["steps"], kl, numbers["rho"], numbers["certified"], numbers["sparse"], *rest]
-        return {"args": {}, "attributes": {"shift": self.shift.state_dict(), "sums": sums}}
+        return {"args": {}, "attributes": _storable({"shift": self.shift.state_dict(), "sums": sums})}
+
+
+def _storable(value):
+    """For JSON, which has no infinity: such a number becomes a word that `float` reads."""
+    if isinstance(value, dict):
+        return {key: _storable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_storable(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stored(value):
+    if isinstance(value, list):
+        return [_stored(part) for part in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value

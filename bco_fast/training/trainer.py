@@ -21,6 +21,7 @@ from ..losses import LossOutput
 from ..models.memory import offload_activations
 from ..models.patch import forward_logps
 from ..reference.fill import FillReport
+from ..reference.identity import reference_id
 from . import checks
 from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
@@ -101,13 +102,14 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)
         self.add_callback(self.recorder)
-        self.layout = choose_layout(
-            self.accelerator.unwrap_model(self.model), args, train_dataset or eval_dataset, self.pad_token_id,
-            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
-        )  # fmt: skip
+        policy, sharded = self.accelerator.unwrap_model(self.model), self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.layout = choose_layout(policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=sharded)
         datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
         self._own_reference = self.objective.reference and ref_model is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
+        self.identity = self.reference_identity = None  # of the model as it comes in, and of `ref_model`
+        if self.objective.reference or not sharded:
+            self.identity = reference_id(policy, autocast=self.accelerator.mixed_precision)
         if self.objective.reference and datasets:
             self.reference_report = attach_reference(self, datasets, ref_model)
 
@@ -208,12 +210,14 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if begins and self.objective.mismatched:
             step.z_ref = mean_log_ratio(model, step.batches)
         training = torch.is_grad_enabled()
+        self.finite.begin(inputs["index"])
         with offload_activations() if self.args.activation_offloading and training else contextlib.nullcontext():
             out, aux_loss = self._run(model, inputs, step.z_ref, observe=training)
         loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
         if training:
             z_ref = step.z_ref.clamp(min=0) if begins and step.z_ref is not None else None
             self.feedback.add(loss.detach(), out.sums, z_ref, begins_step=begins)
+            self.finite.loss(out.per_example, inputs["index"], self.state.global_step + 1)
         loss = loss.to(out.per_example.dtype)
         if step is num_items_in_batch:
             loss = loss * self.accelerator.num_processes  # data parallelism takes the mean of the ranks' gradients
@@ -271,11 +275,12 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         super().save_model(output_dir, _internal_call)
         self.create_model_card(output_dir=output_dir)
 
-    def create_model_card(self, *args, output_dir=None, **kwargs):
-        """Write README.md beside a model. It describes the run by itself, so the Trainer's arguments are not read."""
+    def create_model_card(self, *args, output_dir=None, license=None, **kwargs):
+        """Write README.md beside a model. It describes the run by itself; of the Trainer's arguments it reads `license`."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.recorder.write_card(folder, self.args, self.state, self.accelerator.unwrap_model(self.model))
+            model = self.accelerator.unwrap_model(self.model)
+            self.recorder.write_card(folder, self.args, self.state, model, license)
 
 
 def _class_weights(dataset: FeedbackDataset | None, args: FeedbackConfig) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_inspect_prints_a_table(built, say):
         "written",
         "used",
     ]
-    (folder,) = built.iterdir()
+    (folder,) = filter(Path.is_dir, built.iterdir())
     cache = ReferenceCache(built, folder.name)
     tokens = sum(shard.tokens for shard in cache.shards)
     assert line.split() == [
@@ -131,7 +132,7 @@ def test_inspect_of_an_empty_cache(tmp_path, say):
 
 
 def test_verify_reads_everything_again(built, say):
-    (folder,) = built.iterdir()
+    (folder,) = filter(Path.is_dir, built.iterdir())
     assert say("verify", "--cache-dir", built)[:2] == (0, [f"{folder.name[:12]}: 5 shards read, 40 rows whole"])
     values, index = _shards(built)[:2]
     _damage(values)
@@ -149,7 +150,7 @@ def test_export_writes_parquet(built, tmp_path, say):
     output = tmp_path / "values.parquet"
     assert say("export", "--cache-dir", built, "--output", output)[:2] == (0, [f"40 rows written to {output}"])
     rows = parquet.read_table(output).to_pylist()
-    (folder,) = built.iterdir()
+    (folder,) = filter(Path.is_dir, built.iterdir())
     cache = ReferenceCache(built, folder.name)
     assert {row["key"] for row in rows} == {key.hex() for key in _keys_of(cache)}
     for row in rows:
@@ -174,7 +175,7 @@ def _keys_of(cache):
 
 
 def test_prune_is_a_dry_run_unless_told_otherwise(built, say):
-    (folder,) = built.iterdir()
+    (folder,) = filter(Path.is_dir, built.iterdir())
     values, index = _shards(built)[:2]
     _damage(values)
     _damage(index, 500)
@@ -203,7 +204,7 @@ def test_prune_is_a_dry_run_unless_told_otherwise(built, say):
 
 
 def test_prune_by_age_removes_references_that_nobody_used(built, inputs, say):
-    (folder,) = built.iterdir()
+    (folder,) = filter(Path.is_dir, built.iterdir())
     for path in folder.iterdir():
         os.utime(path, (time.time() - 10 * 86400,) * 2)
     assert say("prune", "--cache-dir", built, "--older-than", 11)[1] == ["0 files, 0 B: nothing to remove"]

@@ -50,7 +50,9 @@ def test_train_ends_with_one_line_of_json(model_dir, tmp_path, capfd):
     assert 0 <= summary["held_out_auc"] <= 1
     assert isinstance(summary["held_out_margin"], float)
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert cli.main(_arguments(model_dir, tmp_path, beta=0.3, eval_fraction=0.2)) == 0
+    again = _arguments(model_dir, tmp_path, beta=0.3, eval_fraction=0.2)
+    assert cli.main(again) == 2  # nothing is replaced silently
+    assert cli.main([*again, "--overwrite_output_dir", "true"]) == 0
     again = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     assert (again["cache_hits"], again["cache_computed"]) == (60, 0)
 
@@ -144,7 +146,7 @@ def test_a_bad_row_writes_nothing_over(model_dir, tmp_path, capfd, row, message)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("precious")
     data = tiny.write(tmp_path / "bad.jsonl", [*tiny.rows(20), row])
-    assert cli.main(_arguments(model_dir, tmp_path, data=data)) == 2
+    assert cli.main(_arguments(model_dir, tmp_path, data=data, overwrite_output_dir="true")) == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert f"bad.jsonl:21: {message}" in line
     assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"

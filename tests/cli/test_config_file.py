@@ -37,6 +37,15 @@ def test_values_of_the_file_arrive(tmp_path):
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)])
+def test_numbers_are_those_of_yaml_1_2(tmp_path, text, steps):
+    assert (
+        _parse(tmp_path, f"model: m\ndata: d\noutput_dir: o\nuse_cpu: true\nmax_steps: {text}\n")[1].max_steps == steps
+    )
+    _, config = _parse(tmp_path, "model: m\ndata: d\noutput_dir: o\nuse_cpu: true\nlr_scheduler_kwargs: {a: 1, b: 1.5, c: 2e3, d: 1:30}\n")  # fmt: skip
+    assert config.lr_scheduler_kwargs == {"a": 1, "b": 1.5, "c": 2000.0, "d": "1:30"}
+
+
 def test_flags_win_over_the_file(tmp_path):
     options, config = _parse(
         tmp_path, {"beta": 0.3, "bf16": False, "shift_balanced": True, "use_cpu": True},
@@ -51,6 +60,7 @@ BAD = {
     "the file in itself": ({"config": "x.yaml"}, "unknown key 'config'"),
     "text for a number": ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
     "a fraction for a count": ({"max_steps": 1.5}, "invalid int value: '1.5'"),
+    "a number in base 60": ("model: m\ndata: d\noutput_dir: o\nmax_steps: 1:30\n", "invalid int value: '1:30'"),
     "text for a switch": ({"bf16": "maybe"}, "got maybe but expected one of"),
     "a switch for text": ({"cache_dir": True}, "cache_dir cannot be True"),
     "a switch for a number": ({"beta": True}, "beta cannot be True"),

@@ -56,7 +56,10 @@ def test_online_trains_saves_and_resumes(world, tmp_path, capsys):
     trained = type(tiny.model()).from_pretrained(tmp_path / "out").state_dict()
     start = tiny.model(std=0.05).state_dict()
     assert any(not torch.equal(start[name], trained[name]) for name in start)
-    assert _run(f"{world}:long_enough", "--max_steps", "6", "--resume_from_checkpoint", "true") == 0
+    assert (
+        _run(f"{world}:long_enough", "--max_steps", "6", "--resume_from_checkpoint", "true", "--learning-rate", "1e-3")
+        == 0
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6
 
 

@@ -3,6 +3,8 @@
 import base64
 import html.parser
 import json
+import math
+import random
 import re
 import shutil
 import zlib
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from matplotlib.figure import Figure
 
 from bco_fast import cli
+from bco_fast.evaluation import run_reading
 from bco_fast.evaluation.plots import PLOTS, correlation
 from bco_fast.evaluation.report import _slug, _tell_apart, write_report
 from bco_fast.evaluation.run_reading import ReportError, load_run
@@ -186,7 +190,7 @@ def test_time_adds_up_over_a_resume(model_dir, tmp_path):
     assert again["step"] == 6
     assert 5000 < again["seconds"] < 5100
     # a new run in the same folder starts from nothing
-    _train(model_dir, tmp_path, max_steps=1, eval_fraction=0, eval_strategy="no")
+    _train(model_dir, tmp_path, max_steps=1, eval_fraction=0, eval_strategy="no", overwrite_output_dir="true")
     assert json.loads((folder / "run.json").read_text())["seconds"] < 1000
     assert not (folder / "held_out.jsonl").exists()
 
@@ -197,6 +201,15 @@ def test_every_objective_has_its_source_as_in_the_docs():
     for name, (_, source) in SOURCES.items():
         (arxiv,) = re.findall(r"\d{4}\.\d{5}", source)
         assert arxiv in page, name
+
+
+@pytest.mark.parametrize("license", ["mit\ntags:\n- evil", "mit: x", "", "mit\n---\n", "a" * 65])
+def test_a_license_cannot_add_front_matter(run, license):
+    record = json.loads((run / "run.json").read_text())
+    with pytest.raises(ValueError, match="license must be one word"):
+        model_card(record, license)
+    (_, front, _) = model_card(record, "apache-2.0").split("---\n", 2)
+    assert yaml.safe_load(front) == yaml.safe_load(model_card(record).split("---\n", 2)[1]) | {"license": "apache-2.0"}
 
 
 def test_a_card_without_any_figure_or_model_name():
@@ -408,6 +421,62 @@ def test_a_page_that_cannot_be_written(run, tmp_path):
     with pytest.raises(ReportError, match="file"):
         write_report([run], tmp_path / "file" / "r.html")
     assert cli.main(["report"]) == 2
+
+
+ODD = [
+    math.nan, math.inf, -math.inf, 1e300, -1e300, 10**400, 1e-320, 0, -1, True, None, "x", "", [], {}, [1], {"a": 1}, 2**63,
+]  # fmt: skip
+
+
+def _leaves(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield (*path, key)
+        yield from _leaves(part, (*path, key))
+
+
+def _with_odd_values(value, rng, share):
+    """A copy in which some values are odd, and some are missing."""
+    value = json.loads(json.dumps(value))
+    for path in rng.sample(paths := list(_leaves(value)), max(1, int(share * len(paths)))):
+        part = value
+        try:
+            for key in path[:-1]:
+                part = part[key]
+            if isinstance(part, dict) and rng.random() < 0.1:
+                del part[path[-1]]
+            else:
+                part[path[-1]] = rng.choice(ODD)
+        except (KeyError, IndexError, TypeError):
+            continue  # what was above it is odd already
+    return value
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 108))])
+def test_odd_numbers_never_end_in_a_traceback(run, tmp_path, monkeypatch, seed):
+    rng, real = random.Random(seed), Figure.savefig  # noqa: S311
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: real(self, *args, **options | {"dpi": 20}))
+    share = (0.02, 0.1, 0.4)[seed % 3]
+    for name in ("trainer_state.json", "run.json"):
+        (tmp_path / name).write_text(json.dumps(_with_odd_values(json.loads((run / name).read_text()), rng, share)))
+    rows = [_with_odd_values(row, rng, share) if rng.random() < share else row for row in _rows(run)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        made = write_report([tmp_path])
+    except ReportError:
+        return
+    json.dumps(made, allow_nan=False)
+    assert Path(made["output"]).is_file()
+
+
+def test_a_huge_log_is_refused_and_huge_lines_are_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_reading, "MAX_BYTES", 1 << 16)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "held_out.jsonl").write_text(json.dumps({"step": 1, "x": "y" * (1 << 17)}))
+    assert "held_out.jsonl cannot be read" in " ".join(load_run(tmp_path / "run").left_out)
+    (tmp_path / "run" / "trainer_state.json").write_text(" " * (1 << 17) + "{}")
+    with pytest.raises(ReportError, match="not the log of a run"):
+        load_run(tmp_path / "run")
 
 
 def test_correlation_is_exact():

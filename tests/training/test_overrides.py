@@ -12,6 +12,7 @@ PRIVATE = {
     WholeCheckpoints: {
         "_load_callback_state": "the Trainer restores no state into callbacks that were passed in",
         "_run_epoch": "a run resumed at its last step would do one more",
+        "_get_grad_norm": "the norm exists there only, and must be finite",
         "_save_checkpoint": "the manifest comes last, and older checkpoints go only after it",
         "_push_from_checkpoint": "the copy on the Hub has its manifest too",
         "_save": "training_args.bin holds the limit that was asked for",

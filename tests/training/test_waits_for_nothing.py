@@ -95,6 +95,8 @@ def test_a_step_waits_for_nothing(name, packed, tmp_path, monkeypatch):
                 loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=step)
                 assert loss.is_meta
                 loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)
+            trainer.finite.gradient(norm, 1)
             optimizer.step()
             optimizer.zero_grad()
             trainer.feedback.on_step_end(trainer.args, trainer.state, trainer.control)
