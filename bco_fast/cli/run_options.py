@@ -28,6 +28,8 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
     Returns:
         (namespace of `own`, config)
     """
+    from transformers import set_seed
+
     known = config_parser(config_class, parents=[own])
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_run_help(command, about, own, required, known, config_class))
@@ -48,7 +50,9 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
     values = vars(namespace)
     options = argparse.Namespace(**{action.dest: values.pop(action.dest) for action in own._actions})
     with usage_errors(ValueError, TypeError, ImportError):
-        return options, config_class(**values)
+        config = config_class(**values)
+    set_seed(config.seed)  # a weight that the model's files lack is drawn when they are loaded
+    return options, config
 
 
 def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], known: Parser, config_class) -> str:
