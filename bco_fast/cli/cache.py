@@ -50,7 +50,7 @@ def _parser(command: str, *, one_reference: bool = True) -> Parser:
     return parser
 
 
-_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length")  # fmt: skip
+_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "trust_remote_code", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length")  # fmt: skip
 """Options of `build` that are `train`'s: those that decide what the reference computes, and of which tokens."""
 
 

@@ -23,8 +23,11 @@ def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """Errors of these kinds become a `UsageError` of one line."""
     try:
         yield
+    except UsageError:
+        raise
     except kinds as error:
-        raise UsageError(f"{prefix}{one_line(error)}") from None
+        # some libraries list everything they know
+        raise UsageError(f"{prefix}{one_line(error)[:600] or type(error).__name__}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -98,21 +101,27 @@ def add_model_options(parser: Parser, dtype: str = "auto") -> None:
     parser.add_argument(
         "--chat_template", help="chat template: the path of a Jinja file, or the template (default: the tokenizer's)"
     )
+    add_code_option(parser)
     # use_peft: frozen weights keep their stored dtype under "auto"
     parser.set_defaults(use_peft=True, load_in_4bit=False, load_in_8bit=False, bf16=False, fp16=False)
 
 
+def add_code_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the Python code in the folder of a model or tokenizer"
+    )
+
+
 def load_model_and_tokenizer(path: str, config, *, to_accelerator: bool = False):
     """A model and its tokenizer with the chosen chat template."""
-    from transformers import AutoTokenizer
-
     from ..data.chat import with_template
-    from ..models.load import load_model
+    from ..models.load import load_model, load_tokenizer
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UsageError(f"--model {path}: no such folder")
-    with usage_errors(OSError, ValueError, ImportError, prefix=f"--model {path}: "):
-        model, tokenizer = load_model(path, config), AutoTokenizer.from_pretrained(path)
+    with usage_errors(Exception, prefix=f"--model {path}: "):  # a damaged folder raises anything
+        tokenizer = load_tokenizer(path, config.trust_remote_code)
+        model = load_model(path, config)
     with usage_errors(ValueError, prefix="--"):
         tokenizer = with_template(tokenizer, config.chat_template)
     return model.to(accelerator()) if to_accelerator else model, tokenizer
@@ -125,11 +134,11 @@ def accelerator():
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def load_tokenizer(path: str):
-    from transformers import AutoTokenizer
+def open_tokenizer(flag: str, path: str, trust_remote_code: bool):
+    from ..models.load import load_tokenizer
 
-    with usage_errors(OSError, ValueError, ImportError, prefix=f"{path}: no tokenizer: "):
-        return AutoTokenizer.from_pretrained(path)
+    with usage_errors(Exception, prefix=f"{flag} {path}: no tokenizer: "):
+        return load_tokenizer(path, trust_remote_code)
 
 
 def check_output_dir(folder: str) -> None:

@@ -44,7 +44,7 @@ def online(arguments: list[str]) -> dict:
     with common.usage_errors(CheckpointError, ValueError, TypeError, ImportError):
         prompts = read_prompts(options.prompts)
         eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
-        reward = load_reward(options.reward)
+        reward = load_reward(options.reward, config.trust_remote_code)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts

@@ -30,7 +30,10 @@ def shifts(arguments: list[str]) -> dict:
     common.check_output_dir(options.output_dir)
     with common.usage_errors(ValueError, OSError):
         rows = unpair(read_rows(options.data))
-        tokenizer, other = map(common.load_tokenizer, (options.model, options.ref_model))
+        tokenizer, other = (
+            common.open_tokenizer(f"--{name}", getattr(options, name), options.trust_remote_code)
+            for name in ("model", "ref_model")
+        )
         if tokenizer.get_vocab() != other.get_vocab():
             raise common.UsageError(
                 "--model and --ref_model have different tokenizers: their tokens cannot be compared"

@@ -77,6 +77,10 @@ class FeedbackConfig(TrainingArguments):
         "Dtype of the weights of a model loaded from a path. auto: float32 if all are trained, else as stored.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
+    trust_remote_code: bool = _option(
+        False,
+        "Run the Python code in the folder of a model or tokenizer. Only for folders that you would run as a program.",
+    )
     attn_implementation: str | None = _option(
         None,
         "Attention backend of a model loaded from a path. Default: FlashAttention if it fits, else SDPA.",
