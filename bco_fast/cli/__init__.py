@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 
-from .common import UsageError, nearest
+from .common import UsageError, nearest, with_dashes
 
 COMMANDS = {
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
-        print(f"bco-fast: error: {error}", file=sys.stderr)
+        print(f"bco-fast: error: {with_dashes(str(error))}", file=sys.stderr)
         return 2
     if summary is not None:
         print(json.dumps(summary), flush=True)

@@ -6,10 +6,14 @@ import argparse
 import contextlib
 import difflib
 import logging
+import os
+import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
-from ..data.sources import one_line
+from ..data.sources import is_hub_name, one_line
 
 logger = logging.getLogger("bco_fast")
 
@@ -23,11 +27,22 @@ def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """Errors of these kinds become a `UsageError` of one line."""
     try:
         yield
-    except UsageError:
-        raise
     except kinds as error:
+        if isinstance(error, UsageError) and UsageError not in kinds:
+            raise
         # some libraries list everything they know
         raise UsageError(f"{prefix}{one_line(error)[:600] or type(error).__name__}") from None
+
+
+def with_dashes(message: str) -> str:
+    """The library's errors name a field, `beta must be > 0`; on the command line it is the flag `--beta`."""
+    words = "|".join(sorted(map(re.escape, Parser.names), key=len, reverse=True))
+    snakes = "|".join(sorted((name for name in Parser.names if "_" in name), key=len, reverse=True))
+    if words:
+        message = re.sub(rf"^({words})(?![\w/.-])", r"--\1", message)
+    if snakes:
+        message = re.sub(rf"(?<![\w/.='\"-])({snakes})(?![\w/-])", r"--\1", message)
+    return message
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -62,6 +77,13 @@ class Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Its errors are `UsageError`s; options are spelt with dashes or underscores, and never abbreviated."""
 
+    names: ClassVar[list[str]] = []
+    """Options of the parser that parsed last: those that an error may be about."""
+
+    def parse_known_args(self, *args, **options):
+        Parser.names = [action.dest for action in self._actions if action.option_strings]
+        return super().parse_known_args(*args, **options)
+
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, formatter_class=Help, **options)
 
@@ -70,7 +92,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*dict.fromkeys([*flags, *dashed]), **options)
 
     def error(self, message: str):
-        raise UsageError(one_line(message))
+        message = one_line(message)
+        raise UsageError(message if len(message) <= 400 else f"{message[:400]} ...")
 
 
 def config_parser(config_class: type, **options) -> Parser:
@@ -119,11 +142,16 @@ def load_model_and_tokenizer(path: str, config, *, to_accelerator: bool = False)
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UsageError(f"--model {path}: no such folder")
+    attention = f", --attn_implementation {config.attn_implementation}" if config.attn_implementation else ""
     with usage_errors(Exception, prefix=f"--model {path}: "):  # a damaged folder raises anything
         tokenizer = load_tokenizer(path, config.trust_remote_code)
-        model = load_model(path, config)
-    with usage_errors(ValueError, prefix="--"):
+    with usage_errors(ValueError):
         tokenizer = with_template(tokenizer, config.chat_template)
+    with usage_errors(Exception, prefix=f"--model {path}{attention}: "):
+        model = load_model(path, config)
+    most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if most >= rows:
+        raise UsageError(f"--model {path}: the tokenizer has the id {most}, but the model has {rows} embeddings")
     return model.to(accelerator()) if to_accelerator else model, tokenizer
 
 
@@ -141,6 +169,33 @@ def open_tokenizer(flag: str, path: str, trust_remote_code: bool):
         return load_tokenizer(path, trust_remote_code)
 
 
-def check_output_dir(folder: str) -> None:
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise UsageError(f"--output_dir {folder} is a file")
+def check_input(flag: str, path: str | None) -> None:
+    """Refuse a file that is not there, before anything is loaded; a name on the Hub is tried later."""
+    if path is not None and not is_hub_name(path) and not Path(path).is_file():
+        raise UsageError(f"{flag} {path}: {'a folder; pass one file of it' if Path(path).is_dir() else 'no such file'}")
+
+
+def check_output(flag: str, path: str, source: str | None = None) -> None:
+    """Refuse a file that cannot be written, or is the file that is read."""
+    if not path:
+        raise UsageError(f"{flag} is empty")
+    if Path(path).is_dir():
+        raise UsageError(f"{flag} {path} is a folder")
+    if source is not None and Path(path).exists() and Path(source).exists() and Path(path).samefile(source):
+        raise UsageError(f"{flag} {path} is the input; write to another file")
+    check_writable(flag, Path(path).parent)
+
+
+def check_writable(flag: str, folder: str | os.PathLike) -> None:
+    """Refuse a folder that cannot be created or written to, before anything is loaded. Leaves nothing behind."""
+    if not os.fspath(folder):
+        raise UsageError(f"{flag} is empty")
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {folder}: {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot write to {there} ({error.strerror or error})") from None

@@ -13,8 +13,9 @@ def online(arguments: list[str]) -> dict:
     start = time.perf_counter()
 
     from ..data.prompts import read_prompts
+    from ..data.sources import FeedbackError
     from ..online.config import OnlineConfig
-    from ..online.rewards import load_reward
+    from ..online.rewards import RewardError, load_reward
     from ..online.trainer import OnlineFeedbackTrainer
     from ..training.checkpoints import CheckpointError
 
@@ -40,11 +41,16 @@ def online(arguments: list[str]) -> dict:
     about = "Align a language model on its own completions, judged by a reward (UNA's online setting)."
     options, config = parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
     config.resume_from_checkpoint = checkpoint_to_resume(config)
-    common.check_output_dir(config.output_dir)
+    common.check_input("--prompts", options.prompts)
+    common.check_input("--eval_prompts", options.eval_prompts)
+    common.check_writable("--output_dir", config.output_dir)
     with common.usage_errors(CheckpointError, ValueError, TypeError, ImportError):
-        prompts = read_prompts(options.prompts)
-        eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
-        reward = load_reward(options.reward, config.trust_remote_code)
+        with common.usage_errors(FeedbackError, prefix="--prompts "):
+            prompts = read_prompts(options.prompts)
+        with common.usage_errors(FeedbackError, prefix="--eval_prompts "):
+            eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
+        with common.usage_errors(RewardError, prefix="--reward "):
+            reward = load_reward(options.reward, config.trust_remote_code)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts

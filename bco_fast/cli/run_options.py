@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
-from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors
+from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors, with_dashes
 from .config_file import read_config
 
 
@@ -49,10 +50,26 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
     values = vars(namespace)
     options = argparse.Namespace(**{action.dest: values.pop(action.dest) for action in own._actions})
-    with usage_errors(ValueError, TypeError, ImportError):
+    try:
         config = config_class(**values)
+    except Exception as error:  # of three libraries
+        with usage_errors(Exception, prefix=_blamed(config_class, values, str(error))):
+            raise
     set_seed(config.seed)  # a weight that the model's files lack is drawn when they are loaded
     return options, config
+
+
+def _blamed(config_class: type, values: dict, message: str) -> str:
+    """The flag to blame for an error that names none: the one without which there is no error."""
+    defaults = {name: field.default for name, field in config_class.__dataclass_fields__.items() if name in values}
+    changed = [name for name, value in values.items() if value != defaults[name] and name != "output_dir"]
+    if "--" in with_dashes(message):
+        return ""
+    for name in changed:
+        with contextlib.suppress(Exception):
+            config_class(**values | {name: defaults[name]})
+            return f"--{name} {values[name]}: "
+    return ""
 
 
 def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], known: Parser, config_class) -> str:

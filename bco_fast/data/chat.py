@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateSyntaxError
+
 from .sources import FeedbackError, RowError, one_line, shortened
 from .tokenizer import special_tokens, text_ids
 
@@ -158,6 +160,12 @@ def with_template(tokenizer, template: str | os.PathLike | None):
             raise FeedbackError(f"chat_template {template}: neither a template nor a file ({reason})") from None
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise FeedbackError(f"chat_template: not a Jinja template ({error}, line {error.lineno})") from None
+    except Exception as error:  # it compiles; whether it takes a conversation is asked of each row
+        logger.debug("chat_template refuses an empty message: %s", error)
     return tokenizer
 
 

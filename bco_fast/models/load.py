@@ -95,6 +95,10 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
     if peft_config is None:
         names = [name.strip() for name in config.lora_target_modules.split(",")]
         saved = [name.strip() for name in config.lora_modules_to_save.split(",") if name.strip()]
+        modules = {name for name, _ in model.named_modules()}
+        for name in saved:  # peft ignores a name that fits nothing
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                raise ValueError(f"lora_modules_to_save: the model has no module {name!r}")
         peft_config = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -103,7 +107,10 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
             modules_to_save=saved or None,
             task_type="CAUSAL_LM",
         )
-    model = get_peft_model(model, peft_config)
+    try:
+        model = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {error}") from None
     trained, whole = model.get_nb_trainable_parameters()
     logger.info("adapter: %d of %d parameters are trained (%.2f %%)", trained, whole, 100 * trained / whole)
     return model

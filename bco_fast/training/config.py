@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..losses import OBJECTIVES, Objective
 from ..losses.reward_shift import MODES, RewardShift
+from . import values
 
 
 def _option(default, help: str, **metadata):
@@ -149,6 +149,7 @@ class FeedbackConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        values.check_texts(self)
         super().__post_init__()
         if self.loss_type not in OBJECTIVES:
             raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, not {self.loss_type!r}")
@@ -156,7 +157,9 @@ class FeedbackConfig(TrainingArguments):
             self.beta = self.objective.beta
         elif self.objective.beta is None:
             raise ValueError(f"{self.loss_type} has no beta")
-        self._check_numbers()
+        self._check_weights()
+        values.check_numbers(self)
+        values.check_others(self)
         self._check_fit()
         self._leave_the_head_to_us()
         self.remove_unused_columns = False
@@ -167,7 +170,7 @@ class FeedbackConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every start
         self.new_shift()  # raises on a bad mode or decay
 
-    def _check_numbers(self) -> None:
+    def _check_weights(self) -> None:
         if self.desirable_weight != "auto":
             try:
                 self.desirable_weight = float(self.desirable_weight)
@@ -177,28 +180,12 @@ class FeedbackConfig(TrainingArguments):
                 ) from None
         elif self.undesirable_weight != 1.0:
             raise ValueError("desirable_weight='auto' sets both weights: leave undesirable_weight at 1")
-        if not 0.0 <= self.sparse_tolerance < 1.0:
-            raise ValueError(f"sparse_tolerance must be in [0, 1), not {self.sparse_tolerance}")
-        for name in ("beta", "slic_delta"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be > 0, not {value}")
-        for name in ("sft_weight", "gamma", "lam", "alpha", "desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            if value != "auto" and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be >= 0, not {value}")
-        for name in ("tokens_per_batch", "mlp_chunk_tokens", "lora_r"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
             raise ValueError(
                 "quantised weights cannot be trained themselves: load_in_4bit and load_in_8bit need use_peft"
             )
         if self.share_prompts not in ("auto", "true", "false"):
             raise ValueError(f"share_prompts must be auto, true or false, not {self.share_prompts!r}")
-        if not 0 <= self.pairing_ratio <= 1:
-            raise ValueError(f"pairing_ratio must be in [0, 1], not {self.pairing_ratio}")
 
     def _check_fit(self) -> None:
         """Options that the objective would ignore are refused: somebody meant something by them."""

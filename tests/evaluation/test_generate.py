@@ -232,15 +232,15 @@ def test_generate_from_the_command_line(model_dir, tmp_path, capfd, form):
 
 
 BAD = {
-    "a format": ({"format": "alpaca"}, "format must be one of alpaca_eval, arena_hard, jsonl, not 'alpaca'"),
+    "a format": ({"format": "alpaca"}, "argument --format: invalid choice: 'alpaca'"),
     "a temperature": ({"temperature": -1}, "temperature must be >= 0"),
     "top_p": ({"top_p": 0}, "top_p must be in (0, 1]"),
     "too many tokens": ({"max_new_tokens": 64}, "max_new_tokens is 64, but the model has 64 positions"),
     "no template": ({"chat": "on"}, "has no chat template"),
     "no ids": ({"format": "arena_hard"}, "has no question_id"),
     "no model": ({"model": "./nowhere"}, "no such folder"),
-    "the input": ({"output": "{prompts}"}, "is the prompts file"),
-    "no prompts": ({"prompts": "./nowhere.jsonl"}, "nowhere.jsonl: No such file"),
+    "the input": ({"output": "{prompts}"}, "is the input"),
+    "no prompts": ({"prompts": "./nowhere.jsonl"}, "--prompts ./nowhere.jsonl: no such file"),
 }
 
 
