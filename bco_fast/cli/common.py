@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import re
@@ -14,12 +15,36 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..data.sources import is_hub_name, one_line
+from ..files import final_name
 
 logger = logging.getLogger("bco_fast")
 
 
 class UsageError(Exception):
     """An error that the user can fix; printed as one line, exit code 2."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends before it takes the machine away."""
+
+
+_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM))
+# What safetensors' and torch's writers make of the same errors.
+_NO_ROOM_TEXT = re.compile(r"No space left|File too large|Read-only file system|Input/output error|quota exceeded|unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed", re.IGNORECASE)  # fmt: skip
+
+
+def write_failure(error: BaseException) -> str | None:
+    """What could not be written and why, if this error is a disk's: full, read-only or broken."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    own = [cause for cause in chain if isinstance(cause, OSError) and cause.errno in _NO_ROOM]
+    if own:
+        cause = next((cause for cause in own if cause.filename), own[-1])
+        return f"cannot write{f' {final_name(cause.filename)}' if cause.filename else ''} ({cause.strerror})"
+    if any(_NO_ROOM_TEXT.search(str(cause)) for cause in chain):
+        return "cannot write (the disk is full, read-only or broken)"
+    return None
 
 
 @contextlib.contextmanager
@@ -31,7 +56,8 @@ def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
         if isinstance(error, UsageError) and UsageError not in kinds:
             raise
         # some libraries list everything they know
-        raise UsageError(f"{prefix}{one_line(error)[:600] or type(error).__name__}") from None
+        reason = write_failure(error) if isinstance(error, OSError) else None
+        raise UsageError(f"{prefix}{reason or one_line(error)[:600] or type(error).__name__}") from None
 
 
 def with_dashes(message: str) -> str:

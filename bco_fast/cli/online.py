@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
-from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
+from .run_options import add_run_options, checkpoint_to_resume, parse_run, resumable, run_summary
 
 
 def online(arguments: list[str]) -> dict:
@@ -55,10 +55,12 @@ def online(arguments: list[str]) -> dict:
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts
         )
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        metrics = trainer.evaluate() if eval_prompts else {}
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
+    with resumable(config):
+        with common.usage_errors(CheckpointError, ValueError, TypeError, ImportError):
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+            metrics = trainer.evaluate() if eval_prompts else {}
+        trainer.save_model(config.output_dir)
+        trainer.save_state()
     rounds = [entry for entry in trainer.state.log_history if "round" in entry]
     return run_summary(trainer, start) | {
         "rounds": len(rounds),

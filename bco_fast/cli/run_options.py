@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors, with_dashes
+from .common import Help, Parser, UsageError, config_parser, nearest, usage_errors, with_dashes, write_failure
 from .config_file import read_config
 
 
@@ -114,6 +115,30 @@ def checkpoint_to_resume(config) -> str | bool | None:
     if not any(Path(wanted, name).is_file() for name in ("trainer_state.json", "manifest.json")):
         raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint")
     return str(wanted)
+
+
+@contextlib.contextmanager
+def resumable(config) -> Iterator[None]:
+    """An interruption, or a disk that takes no more, says from where the run can continue."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.args = (how_to_continue(config.output_dir),)
+        raise
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise UsageError(f"{reason}; free space, then {how_to_continue(config.output_dir)}") from None
+
+
+def how_to_continue(output_dir: str) -> str:
+    from ..training.checkpoints import MANIFEST, candidates
+
+    whole = next((folder for folder in candidates(True, output_dir) if (folder / MANIFEST).is_file()), None)
+    if whole is None:
+        return f"start again: {output_dir} has no whole checkpoint"
+    return f"continue from {whole} with --resume_from_checkpoint true"
 
 
 def run_summary(trainer, start: float) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
-from .run_options import add_run_options, checkpoint_to_resume, parse_run, run_summary
+from .run_options import add_run_options, checkpoint_to_resume, parse_run, resumable, run_summary
 
 
 def parse(arguments: list[str]):
@@ -80,11 +80,12 @@ def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start
         common.usage_errors(*remote, prefix="--push_to_hub: "),
     ):
         trainer = FeedbackTrainer(model, config, train_dataset, eval_dataset, processing_class=tokenizer)
-    with common.usage_errors(CheckpointError):
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
+    with resumable(config):
+        with common.usage_errors(CheckpointError):
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        metrics = trainer.evaluate() if eval_dataset is not None else {}
+        trainer.save_model(config.output_dir)
+        trainer.save_state()
     report = trainer.reference_report
     return run_summary(trainer, start) | {
         "rows": len(train_dataset),
