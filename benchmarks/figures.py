@@ -78,6 +78,10 @@ README: Rules = [
             "small, TRL 1.12 BCO, full: longest",
         ),
     ),
+    (
+        "With a prompt of 1024 tokens and four completions of 128, a training step takes {}× the time and {}× the memory.",
+        cells("shared_prompts", "1024 + 4 x 128, shared: time_ratio", "1024 + 4 x 128, shared: memory_ratio"),
+    ),
     ("The demo itself takes {} s on two CPU cores", cells("demo", "seed 0: seconds")),
     (
         "completions that deserve thumbs up {}% {}% reward margin 0.00 {} AUC of the reward 0.50 {}",
