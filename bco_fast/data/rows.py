@@ -242,7 +242,7 @@ def _score(score, needs: Needs, scale: tuple[float, float]) -> float:
     low, high = scale
     if not _is_number(score) or not low <= score <= high:
         bounds = f" in [{low:g}, {high:g}]" if needs == "scores" else ""
-        raise RowError(f"score must be a number{bounds}, not {_short(score)}")
+        raise RowError(f"score must be a number{bounds}, not {_short(score)}{_decimal_comma(score)}")
     return float(score) if needs == "rewards" else (score - low) / (high - low)
 
 
