@@ -21,6 +21,14 @@ _TEMPORARY_NAME = re.compile(r"\.[\w.-]+\.\d+\.[0-9a-f]{32}\.tmp")
 _PIECE = 8 << 20  # bytes per write
 
 
+def final_name(path: str | os.PathLike) -> str:
+    """The path that a temporary file of `atomic_path` would become; any other path unchanged."""
+    folder, name = os.path.split(os.fsdecode(path))
+    if _TEMPORARY_NAME.fullmatch(name):
+        name = name.removeprefix(".").rsplit(".", 3)[0]
+    return os.path.join(folder, name)
+
+
 def failpoint(name: str) -> None:
     """Called between the steps of a write; tests replace it with one that kills the process."""
 
@@ -39,8 +47,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         failpoint("synced")
         os.replace(temporary, path)
         failpoint("renamed")
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # write(2) does not tell which file was too large
         raise
     sync(path.parent)
     failpoint("folder synced")

@@ -20,7 +20,7 @@ class LaunchConfig(NamedTuple):
 HEAD_LOGPS = LaunchConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)
 
 # Softcap and entropy need a second value per logit: at 128x128 that spills 232 bytes on sm_90 and 716 on sm_100.
-HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=8, num_stages=3)
+HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=32, num_warps=8, num_stages=4)
 
 # IEEE fp32 has no tensor core, and its operands double the shared memory of a stage (99 KiB on sm_86, 89 and 120).
 HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=16, num_warps=4, num_stages=2)
@@ -55,15 +55,15 @@ def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
     return HEAD_LOGPS_FP32_EXTRAS if extras else HEAD_LOGPS_FP32
 
 
-def fold_most_columns(*, extras: bool) -> int:
+def fold_most_columns(*, extras: bool, out: bool) -> int:
     """Columns of a row that a program holds in registers without spilling; extras: bias, softcap, entropy or masses."""
-    return 8192 if extras else 16384
+    return 16384 if out and not extras else 8192
 
 
-def fold_logits(columns: int, *, extras: bool) -> LaunchConfig:
-    """One row a program, 16 or 32 values a thread: enough loads in flight to hide their latency."""
-    block_v = min(max(1 << (columns - 1).bit_length(), 1024), fold_most_columns(extras=extras))
-    return LaunchConfig(1, block_v, 0, num_warps=max(block_v // (512 if extras else 1024), 1), num_stages=1)
+def fold_logits(columns: int, *, extras: bool, out: bool) -> LaunchConfig:
+    """One row a program, 32 values a thread (16 with `out`): enough loads in flight to hide their latency."""
+    block_v = min(max(1 << (columns - 1).bit_length(), 1024), fold_most_columns(extras=extras, out=out))
+    return LaunchConfig(1, block_v, 0, num_warps=block_v // (512 if out else 1024), num_stages=1)
 
 
 def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:

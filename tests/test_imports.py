@@ -19,7 +19,7 @@ ROOMS = {
     "head": {"torch", "triton", "bco_fast.kernels"},
     "losses": {"torch"},
     "models": {"peft", "torch", "tqdm", "transformers"},
-    "data": {"datasets", "numpy", "pyarrow", "sklearn", "torch", "tqdm", "transformers"},
+    "data": {"datasets", "jinja2", "numpy", "pyarrow", "sklearn", "torch", "tqdm", "transformers"},
     "reference": {"numpy", "torch", "tqdm"},
     "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
     "online": {"numpy", "torch", "transformers", "vllm"},

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
 
 from ..files import json_numbers
-from .common import UsageError, nearest
+from .common import Terminated, UsageError, nearest, with_dashes, write_failure
 
 COMMANDS = {
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
@@ -27,7 +32,51 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; -> its exit code: 0, 2 for what the user can fix, 130 for Ctrl-C and 143 for SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII prints the help too
+    try:
+        with _sigterm():
+            return _run(arguments)
+    except Terminated as stop:
+        print(f"\nbco-fast: terminated; {stop or 'nothing was left half written'}", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt as stop:
+        print(f"\nbco-fast: interrupted; {stop or 'nothing was left half written'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `bco-fast train --help | head`: the reader has what it wanted
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        print(f"bco-fast: error: {reason}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` where the command is, so that files are closed and temporary ones removed."""
+
+    def stop(*_):
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its owner handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("bco_fast").setLevel(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -45,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
-        print(f"bco-fast: error: {error}", file=sys.stderr)
+        print(f"bco-fast: error: {with_dashes(str(error))}", file=sys.stderr)
         return error.exit_code
     if summary is not None:
         print(json.dumps(json_numbers(summary)), flush=True)

@@ -213,7 +213,7 @@ def bench(arguments: list[str]) -> dict:
         raise UsageError("--hidden and --vocab cannot be combined with --model")
     for flag in ("hidden", "vocab", "tokens", "seconds"):
         value = getattr(options, flag)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"--{flag} must be > 0, not {value}")
     if options.model is not None:
         with usage_errors(OSError, ValueError, ImportError, prefix=f"--model {options.model}: "):

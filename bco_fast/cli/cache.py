@@ -25,7 +25,17 @@ from ..losses import OBJECTIVES
 from ..reference.cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
 from ..reference.seen import SeenShards
 from ..reference.shards import SHARD_NAME, BadShard
-from .common import Parser, UsageError, accelerator, add_fields, load_model_and_tokenizer, nearest, usage_errors
+from .common import (
+    Parser,
+    UsageError,
+    accelerator,
+    add_fields,
+    check_input,
+    check_writable,
+    load_model_and_tokenizer,
+    nearest,
+    usage_errors,
+)
 
 _REFERENCE_NAME = re.compile(r"[0-9a-f]{32}")
 
@@ -51,7 +61,7 @@ def _parser(command: str, *, one_reference: bool = True) -> Parser:
     return parser
 
 
-_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length")  # fmt: skip
+_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "trust_remote_code", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length")  # fmt: skip
 """Options of `build` that are `train`'s: those that decide what the reference computes, and of which tokens."""
 
 
@@ -60,6 +70,7 @@ def build(arguments: list[str]) -> None:
     import torch
 
     from ..data.samplers import mismatched
+    from ..data.sources import FeedbackError
     from ..data.tokenize import load_feedback
     from ..data.tokenizer import pad_or_eos, positions
     from ..models.patch import patch_model
@@ -67,6 +78,7 @@ def build(arguments: list[str]) -> None:
     from ..reference.identity import reference_id
     from ..training.config import FeedbackConfig
     from ..training.sharing import choose_layout
+    from ..training.values import check_numbers
 
     parser = _parser("build", one_reference=False)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
@@ -86,14 +98,16 @@ def build(arguments: list[str]) -> None:
     objective = OBJECTIVES[options.loss_type]
     if not objective.reference:
         raise UsageError(f"--loss_type {options.loss_type} reads no reference")
-    if options.reference_tokens_per_batch < 1:
-        raise UsageError("--reference_tokens_per_batch must be at least 1")
+    with usage_errors(ValueError):
+        check_numbers(options)
+    check_input("--data", options.data)
+    check_writable("--cache_dir", options.cache_dir)
     model, tokenizer = load_model_and_tokenizer(options.model, options)
     if options.max_length > (positions(model) or options.max_length):
         raise UsageError(f"--max_length is {options.max_length}, but the model has {positions(model)} positions")
     limits = {name: getattr(options, name) for name in ("max_length", "max_prompt_length")}
     reading = {name: getattr(options, name) for name in ("columns", "score_scale", "on_bad_row")}
-    with usage_errors(ValueError, TypeError):
+    with usage_errors(ValueError, TypeError), usage_errors(FeedbackError, prefix="--data "):
         dataset = load_feedback(options.data, tokenizer, needs=objective.data, **reading, **limits)
         examples = dataset.examples
         if objective.mismatched:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import logging
+import os
+import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
-from ..data.sources import one_line
+from ..data.sources import is_hub_name, one_line
+from ..files import final_name
 
 logger = logging.getLogger("bco_fast")
 
@@ -26,13 +32,51 @@ class DivergedError(UsageError):
     exit_code = 3
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends before it takes the machine away."""
+
+
+_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM))
+# What safetensors' and torch's writers make of the same errors.
+_NO_ROOM_TEXT = re.compile(r"No space left|File too large|Read-only file system|Input/output error|quota exceeded|unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed", re.IGNORECASE)  # fmt: skip
+
+
+def write_failure(error: BaseException) -> str | None:
+    """What could not be written and why, if this error is a disk's: full, read-only or broken."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    own = [cause for cause in chain if isinstance(cause, OSError) and cause.errno in _NO_ROOM]
+    if own:
+        cause = next((cause for cause in own if cause.filename), own[-1])
+        return f"cannot write{f' {final_name(cause.filename)}' if cause.filename else ''} ({cause.strerror})"
+    if any(_NO_ROOM_TEXT.search(str(cause)) for cause in chain):
+        return "cannot write (the disk is full, read-only or broken)"
+    return None
+
+
 @contextlib.contextmanager
 def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     """Errors of these kinds become a `UsageError` of one line."""
     try:
         yield
     except kinds as error:
-        raise UsageError(f"{prefix}{one_line(error)}") from None
+        if isinstance(error, UsageError) and UsageError not in kinds:
+            raise
+        # some libraries list everything they know
+        reason = write_failure(error) if isinstance(error, OSError) else None
+        raise UsageError(f"{prefix}{reason or one_line(error)[:600] or type(error).__name__}") from None
+
+
+def with_dashes(message: str) -> str:
+    """The library's errors name a field, `beta must be > 0`; on the command line it is the flag `--beta`."""
+    words = "|".join(sorted(map(re.escape, Parser.names), key=len, reverse=True))
+    snakes = "|".join(sorted((name for name in Parser.names if "_" in name), key=len, reverse=True))
+    if words:
+        message = re.sub(rf"^({words})(?![\w/.-])", r"--\1", message)
+    if snakes:
+        message = re.sub(rf"(?<![\w/.='\"-])({snakes})(?![\w/-])", r"--\1", message)
+    return message
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -67,6 +111,13 @@ class Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Its errors are `UsageError`s; options are spelt with dashes or underscores, and never abbreviated."""
 
+    names: ClassVar[list[str]] = []
+    """Options of the parser that parsed last: those that an error may be about."""
+
+    def parse_known_args(self, *args, **options):
+        Parser.names = [action.dest for action in self._actions if action.option_strings]
+        return super().parse_known_args(*args, **options)
+
     def __init__(self, *args, **options):
         super().__init__(*args, allow_abbrev=False, formatter_class=Help, **options)
 
@@ -75,7 +126,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*dict.fromkeys([*flags, *dashed]), **options)
 
     def error(self, message: str):
-        raise UsageError(one_line(message))
+        message = one_line(message)
+        raise UsageError(message if len(message) <= 400 else f"{message[:400]} ...")
 
 
 def config_parser(config_class: type, **options) -> Parser:
@@ -106,23 +158,34 @@ def add_model_options(parser: Parser, dtype: str = "auto") -> None:
     parser.add_argument(
         "--chat_template", help="chat template: the path of a Jinja file, or the template (default: the tokenizer's)"
     )
+    add_code_option(parser)
     # use_peft: frozen weights keep their stored dtype under "auto"
     parser.set_defaults(use_peft=True, load_in_4bit=False, load_in_8bit=False, bf16=False, fp16=False)
 
 
+def add_code_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the Python code in the folder of a model or tokenizer"
+    )
+
+
 def load_model_and_tokenizer(path: str, config, *, to_accelerator: bool = False):
     """A model and its tokenizer with the chosen chat template."""
-    from transformers import AutoTokenizer
-
     from ..data.chat import with_template
-    from ..models.load import load_model
+    from ..models.load import load_model, load_tokenizer
 
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
         raise UsageError(f"--model {path}: no such folder")
-    with usage_errors(OSError, ValueError, ImportError, prefix=f"--model {path}: "):
-        model, tokenizer = load_model(path, config), AutoTokenizer.from_pretrained(path)
-    with usage_errors(ValueError, prefix="--"):
+    attention = f", --attn_implementation {config.attn_implementation}" if config.attn_implementation else ""
+    with usage_errors(Exception, prefix=f"--model {path}: "):  # a damaged folder raises anything
+        tokenizer = load_tokenizer(path, config.trust_remote_code)
+    with usage_errors(ValueError):
         tokenizer = with_template(tokenizer, config.chat_template)
+    with usage_errors(Exception, prefix=f"--model {path}{attention}: "):
+        model = load_model(path, config)
+    most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if most >= rows:
+        raise UsageError(f"--model {path}: the tokenizer has the id {most}, but the model has {rows} embeddings")
     return model.to(accelerator()) if to_accelerator else model, tokenizer
 
 
@@ -133,13 +196,40 @@ def accelerator():
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_tokenizer(path: str):
-    from transformers import AutoTokenizer
+def open_tokenizer(flag: str, path: str, trust_remote_code: bool):
+    from ..models.load import load_tokenizer
 
-    with usage_errors(OSError, ValueError, ImportError, prefix=f"{path}: no tokenizer: "):
-        return AutoTokenizer.from_pretrained(path)
+    with usage_errors(Exception, prefix=f"{flag} {path}: no tokenizer: "):
+        return load_tokenizer(path, trust_remote_code)
 
 
-def check_output_dir(folder: str) -> None:
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise UsageError(f"--output_dir {folder} is a file")
+def check_input(flag: str, path: str | None) -> None:
+    """Refuse a file that is not there, before anything is loaded; a name on the Hub is tried later."""
+    if path is not None and not is_hub_name(path) and not Path(path).is_file():
+        raise UsageError(f"{flag} {path}: {'a folder; pass one file of it' if Path(path).is_dir() else 'no such file'}")
+
+
+def check_output(flag: str, path: str, source: str | None = None) -> None:
+    """Refuse a file that cannot be written, or is the file that is read."""
+    if not path:
+        raise UsageError(f"{flag} is empty")
+    if Path(path).is_dir():
+        raise UsageError(f"{flag} {path} is a folder")
+    if source is not None and Path(path).exists() and Path(source).exists() and Path(path).samefile(source):
+        raise UsageError(f"{flag} {path} is the input; write to another file")
+    check_writable(flag, Path(path).parent)
+
+
+def check_writable(flag: str, folder: str | os.PathLike) -> None:
+    """Refuse a folder that cannot be created or written to, before anything is loaded. Leaves nothing behind."""
+    if not os.fspath(folder):
+        raise UsageError(f"{flag} is empty")
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {folder}: {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot write to {there} ({error.strerror or error})") from None

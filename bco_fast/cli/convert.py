@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from .common import Parser, UsageError, nearest, usage_errors
+from .common import Parser, UsageError, check_input, check_output, nearest, usage_errors
 
 
 def convert(arguments: list[str]) -> dict:
@@ -13,7 +14,7 @@ def convert(arguments: list[str]) -> dict:
     parser = Parser(prog="bco-fast convert", description="Write a dataset's rows as feedback.")
     parser.add_argument("--data", required=True, help="JSONL, JSON, CSV or Parquet file, or a dataset on the Hub")
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument("--to", required=True, help="pairs, binary or score")
+    parser.add_argument("--to", required=True, choices=["pairs", "binary", "score"], help="kind of feedback")
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--threshold", type=float, help="lowest score of a thumbs up (default: the recipe's)")
     parser.add_argument("--split", help="of a dataset on the Hub (default: train)")
@@ -32,7 +33,11 @@ def convert(arguments: list[str]) -> dict:
     options = vars(parser.parse_args(arguments))
     recipe, output = options.pop("recipe"), options.pop("output")
     if recipe not in RECIPES:
-        raise UsageError(f"unknown recipe {recipe!r}{nearest(recipe, RECIPES)}")
+        raise UsageError(f"--recipe: unknown recipe {recipe!r}{nearest(recipe, RECIPES)}")
+    if not math.isfinite(options["threshold"] or 0.0):
+        raise UsageError(f"--threshold must be a finite number, not {options['threshold']}")
+    check_input("--data", options["data"])
+    check_output("--output", output, options["data"])
     with usage_errors(ValueError, OSError, ImportError):
         report = convert_file(options.pop("data"), output, recipe, **options)
     return {**dataclasses.asdict(report), "output": output}

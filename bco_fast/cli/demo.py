@@ -26,7 +26,7 @@ from ..losses.sequence import sequence_logps
 from ..models.patch import completion_logps, patch_model
 from ..models.sampling import draw
 from ..training.config import FeedbackConfig
-from .common import Parser
+from .common import Parser, UsageError, check_writable
 from .train import run_training
 
 THINGS = {
@@ -285,4 +285,7 @@ def demo(arguments: list[str]) -> dict:
     parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the training")
     parser.add_argument("--online", action="store_true", help="afterwards online UNA on the policy's own completions")
     options = parser.parse_args(arguments)
+    check_writable("--output_dir", options.output_dir)
+    if not 0 <= options.seed < 2**31:
+        raise UsageError(f"--seed must be in [0, 2^31), not {options.seed}")
     return (run_online if options.online else run)(Path(options.output_dir), seed=options.seed)

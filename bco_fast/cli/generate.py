@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .common import Parser, UsageError, add_model_options, load_model_and_tokenizer, usage_errors
+from .common import Parser, add_model_options, check_input, check_output, load_model_and_tokenizer, usage_errors
 
 
 def generate(arguments: list[str]) -> dict:
@@ -14,7 +14,7 @@ def generate(arguments: list[str]) -> dict:
         "--prompts", required=True, help="JSONL, JSON, CSV or Parquet with prompt, instruction or turns"
     )
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--format", default="jsonl", help="alpaca_eval, arena_hard or jsonl")
+    parser.add_argument("--format", choices=["alpaca_eval", "arena_hard", "jsonl"], default="jsonl", help="of the file")
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 for greedy decoding")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus of sampling, (0, 1]")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest completion, tokens")
@@ -28,24 +28,26 @@ def generate(arguments: list[str]) -> dict:
     options = parser.parse_args(arguments)
 
     from ..data.prompts import read_prompts
-    from ..evaluation.generate import Sampling, check_format, write_completions
+    from ..data.sources import FeedbackError
+    from ..evaluation.generate import GenerationError, Sampling, check_format, write_completions
     from ..evaluation.generate import generate as draw
 
-    output = Path(options.output)
-    if output.exists() and (output.is_dir() or (Path(options.prompts).exists() and output.samefile(options.prompts))):
-        raise UsageError(f"--output {output} is {'a folder' if output.is_dir() else 'the prompts file'}")
+    check_input("--prompts", options.prompts)
+    check_output("--output", options.output, options.prompts)
     names = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
     with usage_errors(ValueError, OSError):
         sampling = Sampling(**{name: getattr(options, name) for name in names})
-        prompts = read_prompts(options.prompts)
-        check_format(prompts, options.format)
+        with usage_errors(FeedbackError, prefix="--prompts "):
+            prompts = read_prompts(options.prompts)
+        with usage_errors(GenerationError, prefix=f"--format {options.format}: "):
+            check_format(prompts, options.format)
         model, tokenizer = load_model_and_tokenizer(options.model, options, to_accelerator=True)
         completions = draw(model, tokenizer, prompts, sampling, chat=options.chat, progress=True)
         names = {"generator": options.generator or Path(options.model).name, "dataset": Path(options.prompts).stem}
-        write_completions(output, prompts, completions, options.format, **names)
+        write_completions(options.output, prompts, completions, options.format, **names)
     return {
         "completions": len(completions),
         "mean_tokens": round(sum(c.tokens for c in completions) / len(completions), 2),
         "ended": sum(c.ended for c in completions),
-        "output": str(output),
+        "output": str(Path(options.output)),
     }

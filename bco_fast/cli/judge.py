@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .common import Parser, load_tokenizer, logger, usage_errors
+from .common import Parser, add_code_option, check_input, logger, open_tokenizer, usage_errors
 
 
 def judge(arguments: list[str]) -> dict:
@@ -20,20 +20,28 @@ def judge(arguments: list[str]) -> dict:
     parser.add_argument("--tokenizer", help="folder; counts tokens (default: the reward model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    add_code_option(parser)
     options = parser.parse_args(arguments)
 
     from ..data.prompts import id_of, read_prompts
+    from ..data.sources import FeedbackError
+    from ..data.tokenizer import text_ids
     from ..evaluation.judge import as_summary, describe, read_answers
     from ..evaluation.judge import judge as compare
-    from ..online.rewards import load_reward
+    from ..online.rewards import RewardError, load_reward
 
+    check_input("--prompts", options.prompts)
     with usage_errors(ValueError):
         a, b = read_answers(options.a), read_answers(options.b)
-        rows = read_prompts(options.prompts) if options.prompts else []
+        with usage_errors(FeedbackError, prefix="--prompts "):
+            rows = read_prompts(options.prompts) if options.prompts else []
         prompts = {id_of(row): row["prompt"] for row in rows if id_of(row) is not None}
-        reward = load_reward(options.reward)
-        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else getattr(reward, "tokenizer", None)
-        count = tokenizer and (lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        with usage_errors(RewardError, prefix="--reward "):
+            reward = load_reward(options.reward, options.trust_remote_code)
+        tokenizer = getattr(reward, "tokenizer", None)
+        if options.tokenizer is not None:
+            tokenizer = open_tokenizer("--tokenizer", options.tokenizer, options.trust_remote_code)
+        count = tokenizer and (lambda text: len(text_ids(tokenizer, [text])[0]))
         bootstrap = {"resamples": options.resamples, "seed": options.seed}
         verdict = compare(a, b, reward, prompts=prompts, count_tokens=count, **bootstrap)
     for path, alone in ((options.a, verdict.only_in_a), (options.b, verdict.only_in_b)):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import time
 
 from . import common
-from .run_options import add_run_options, check_earlier_run, checkpoint_to_resume, parse_run, run, run_summary
+from .run_options import (
+    add_run_options,
+    check_earlier_run,
+    checkpoint_to_resume,
+    parse_run,
+    resumable,
+    run,
+    run_summary,
+)
 
 
 def online(arguments: list[str]) -> dict:
@@ -13,8 +21,9 @@ def online(arguments: list[str]) -> dict:
     start = time.perf_counter()
 
     from ..data.prompts import read_prompts
+    from ..data.sources import FeedbackError
     from ..online.config import OnlineConfig
-    from ..online.rewards import load_reward
+    from ..online.rewards import RewardError, load_reward
     from ..online.trainer import OnlineFeedbackTrainer
 
     own = common.Parser(add_help=False)
@@ -39,20 +48,27 @@ def online(arguments: list[str]) -> dict:
     about = "Align a language model on its own completions, judged by a reward (UNA's online setting)."
     options, config = parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
     config.resume_from_checkpoint = checkpoint_to_resume(config)
-    common.check_output_dir(config.output_dir)
+    common.check_input("--prompts", options.prompts)
+    common.check_input("--eval_prompts", options.eval_prompts)
+    common.check_writable("--output_dir", config.output_dir)
     check_earlier_run(config)
     with common.usage_errors(ValueError, TypeError, ImportError):
-        prompts = read_prompts(options.prompts)
-        eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
-        reward = load_reward(options.reward)
+        with common.usage_errors(FeedbackError, prefix="--prompts "):
+            prompts = read_prompts(options.prompts)
+        with common.usage_errors(FeedbackError, prefix="--eval_prompts "):
+            eval_prompts = read_prompts(options.eval_prompts) if options.eval_prompts else None
+        with common.usage_errors(RewardError, prefix="--reward "):
+            reward = load_reward(options.reward, config.trust_remote_code)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts
         )
-        run(trainer, config.resume_from_checkpoint)
-        metrics = trainer.evaluate() if eval_prompts else {}
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
+    with resumable(config):
+        with common.usage_errors(ValueError, TypeError, ImportError):
+            run(trainer, config.resume_from_checkpoint)
+            metrics = trainer.evaluate() if eval_prompts else {}
+        trainer.save_model(config.output_dir)
+        trainer.save_state()
     rounds = [entry for entry in trainer.state.log_history if "round" in entry]
     return run_summary(trainer, start) | {
         "rounds": len(rounds),

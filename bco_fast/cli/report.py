@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Parser, usage_errors
+from .common import Parser, check_output, usage_errors
 
 
 def report(arguments: list[str]) -> dict:
@@ -14,6 +14,8 @@ def report(arguments: list[str]) -> dict:
         help="the page, with PNG files beside it (default: report.html, in the run's folder or, for several runs, here)",
     )
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        check_output("--output", options.output)
     with usage_errors(ImportError, prefix="bco-fast report needs matplotlib: pip install 'bco_fast[train]': "):
         from ..evaluation.report import write_report
     with usage_errors(ValueError):

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from .common import DivergedError, Help, Parser, UsageError, config_parser, nearest, usage_errors
+from .common import (
+    DivergedError,
+    Help,
+    Parser,
+    UsageError,
+    config_parser,
+    nearest,
+    usage_errors,
+    with_dashes,
+    write_failure,
+)
 from .config_file import read_config
 
 
@@ -28,6 +40,8 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
     Returns:
         (namespace of `own`, config)
     """
+    from transformers import set_seed
+
     known = config_parser(config_class, parents=[own])
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_run_help(command, about, own, required, known, config_class))
@@ -47,8 +61,26 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
     values = vars(namespace)
     options = argparse.Namespace(**{action.dest: values.pop(action.dest) for action in own._actions})
-    with usage_errors(ValueError, TypeError, ImportError):
-        return options, config_class(**values)
+    try:
+        config = config_class(**values)
+    except Exception as error:  # of three libraries
+        with usage_errors(Exception, prefix=_blamed(config_class, values, str(error))):
+            raise
+    set_seed(config.seed)  # a weight that the model's files lack is drawn when they are loaded
+    return options, config
+
+
+def _blamed(config_class: type, values: dict, message: str) -> str:
+    """The flag to blame for an error that names none: the one without which there is no error."""
+    defaults = {name: field.default for name, field in config_class.__dataclass_fields__.items() if name in values}
+    changed = [name for name, value in values.items() if value != defaults[name] and name != "output_dir"]
+    if "--" in with_dashes(message):
+        return ""
+    for name in changed:
+        with contextlib.suppress(Exception):
+            config_class(**values | {name: defaults[name]})
+            return f"--{name} {values[name]}: "
+    return ""
 
 
 def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], known: Parser, config_class) -> str:
@@ -122,6 +154,30 @@ def run(trainer, resume_from_checkpoint) -> None:
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except TrainingDiverged as error:
         raise DivergedError(str(error)) from None
+
+
+@contextlib.contextmanager
+def resumable(config) -> Iterator[None]:
+    """An interruption, or a disk that takes no more, says from where the run can continue."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.args = (how_to_continue(config.output_dir),)
+        raise
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise UsageError(f"{reason}; free space, then {how_to_continue(config.output_dir)}") from None
+
+
+def how_to_continue(output_dir: str) -> str:
+    from ..training.checkpoints import MANIFEST, candidates
+
+    whole = next((folder for folder in candidates(True, output_dir) if (folder / MANIFEST).is_file()), None)
+    if whole is None:
+        return f"start again: {output_dir} has no whole checkpoint"
+    return f"continue from {whole} with --resume_from_checkpoint true"
 
 
 def run_summary(trainer, start: float) -> dict:

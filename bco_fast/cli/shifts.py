@@ -24,13 +24,21 @@ def shifts(arguments: list[str]) -> dict:
     options = parser.parse_args(arguments)
 
     from ..data.rows import read_rows, unpair
+    from ..data.sources import FeedbackError
     from ..data.tokenize import tokenize_rows
     from ..evaluation.shifts import SERIES, describe, write
 
-    common.check_output_dir(options.output_dir)
+    if options.tokens_per_batch < 1:
+        raise common.UsageError(f"--tokens_per_batch must be at least 1, not {options.tokens_per_batch}")
+    common.check_input("--data", options.data)
+    common.check_writable("--output_dir", options.output_dir)
     with common.usage_errors(ValueError, OSError):
-        rows = unpair(read_rows(options.data))
-        tokenizer, other = map(common.load_tokenizer, (options.model, options.ref_model))
+        with common.usage_errors(FeedbackError, prefix="--data "):
+            rows = unpair(read_rows(options.data))
+        tokenizer, other = (
+            common.open_tokenizer(f"--{name}", getattr(options, name), options.trust_remote_code)
+            for name in ("model", "ref_model")
+        )
         if tokenizer.get_vocab() != other.get_vocab():
             raise common.UsageError(
                 "--model and --ref_model have different tokenizers: their tokens cannot be compared"

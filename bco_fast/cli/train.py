@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from . import common
-from .run_options import add_run_options, check_earlier_run, checkpoint_to_resume, parse_run, run, run_summary
+from .run_options import (
+    add_run_options,
+    check_earlier_run,
+    checkpoint_to_resume,
+    parse_run,
+    resumable,
+    run,
+    run_summary,
+)
 
 
 def parse(arguments: list[str]):
@@ -38,21 +45,26 @@ def train(arguments: list[str]) -> dict:
     options, config = parse(arguments)
 
     from ..data.rows import read_rows, split_by_prompt, unpair
-    from ..data.sources import is_hub_name
+    from ..data.sources import FeedbackError
     from ..data.tokenize import tokenize_rows
 
-    for flag, path in (("--data", options.data), ("--eval_data", options.eval_data)):
-        if path is not None and not is_hub_name(path) and not Path(path).is_file():
-            raise common.UsageError(f"{flag} {path}: no such file")
+    common.check_input("--data", options.data)
+    common.check_input("--eval_data", options.eval_data)
+    if not 0 <= options.eval_fraction < 1:
+        raise common.UsageError(f"--eval_fraction must be between 0 and 1, not {options.eval_fraction}")
     config.resume_from_checkpoint = checkpoint_to_resume(config)
-    common.check_output_dir(config.output_dir)
+    common.check_writable("--output_dir", config.output_dir)
     check_earlier_run(config)
+    if config.cache_dir is not None and config.objective.reference:
+        common.check_writable("--cache_dir", config.cache_dir)
     reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale")}
     limits = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "on_bad_row")}
     with common.usage_errors(ValueError):
         needs = config.objective.data
-        rows = read_rows(options.data, needs=needs, **reading)
-        held_out = read_rows(options.eval_data, needs=needs, **reading) if options.eval_data else []
+        with common.usage_errors(FeedbackError, prefix="--data "):
+            rows = read_rows(options.data, needs=needs, **reading)
+        with common.usage_errors(FeedbackError, prefix="--eval_data "):
+            held_out = read_rows(options.eval_data, needs=needs, **reading) if options.eval_data else []
         if not held_out and options.eval_fraction:
             rows, held_out = split_by_prompt(rows, options.eval_fraction)
         if needs != "pairs":
@@ -67,14 +79,20 @@ def train(arguments: list[str]) -> dict:
 
 def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:
     """Train, evaluate, save; -> what `train` prints."""
+    from ..reference.cache import CacheError
     from ..training.trainer import FeedbackTrainer
 
-    with common.usage_errors(ValueError, TypeError, ImportError):
+    remote = [Exception] if config.push_to_hub else []  # of half a dozen kinds
+    with (
+        common.usage_errors(ValueError, TypeError, ImportError, CacheError),
+        common.usage_errors(*remote, prefix="--push_to_hub: "),
+    ):
         trainer = FeedbackTrainer(model, config, train_dataset, eval_dataset, processing_class=tokenizer)
-    run(trainer, config.resume_from_checkpoint)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
+    with resumable(config):
+        run(trainer, config.resume_from_checkpoint)
+        metrics = trainer.evaluate() if eval_dataset is not None else {}
+        trainer.save_model(config.output_dir)
+        trainer.save_state()
     report = trainer.reference_report
     return run_summary(trainer, start) | {
         "rows": len(train_dataset),

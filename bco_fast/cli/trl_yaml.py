@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 
 REFUSED = {
     "sync_ref_model": "the reference is constant, its log-probabilities are cached",
-    "trust_remote_code": "code that comes with a checkpoint is not run from the command line",
+    "trust_remote_code": "give the flag --trust_remote_code instead, if you would run that folder as a program",
     "use_rslora": "use peft_config= in Python",
     "use_dora": "use peft_config= in Python",
     "dataset_streaming": "rows are read and checked before training",

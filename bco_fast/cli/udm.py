@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Parser, usage_errors
+from .common import Parser, check_input, check_output, usage_errors
 
 
 def udm(arguments: list[str]) -> dict:
@@ -21,6 +21,9 @@ def udm(arguments: list[str]) -> dict:
     parser.add_argument("--max_density_ratio", type=float, help="highest weight of a thumbs down (default: 10)")
     parser.add_argument("--seed", type=int, help="of the folds (default: 0)")
     options = vars(parser.parse_args(arguments))
+    for name in ("data", "state"):
+        check_input(f"--{name}", options[name])
+    check_output("--output", options["output"], options["data"])
     with usage_errors(ValueError, OSError, ImportError):
         report = match_file(options.pop("data"), options.pop("output"), **options)
     print(describe(report))

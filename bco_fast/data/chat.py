@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateSyntaxError
+
 from .sources import FeedbackError, RowError, one_line, shortened
-from .tokenizer import special_tokens
+from .tokenizer import special_tokens, text_ids
 
 logger = logging.getLogger("bco_fast")
 
@@ -158,6 +160,12 @@ def with_template(tokenizer, template: str | os.PathLike | None):
             raise FeedbackError(f"chat_template {template}: neither a template nor a file ({reason})") from None
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise FeedbackError(f"chat_template: not a Jinja template ({error}, line {error.lineno})") from None
+    except Exception as error:  # it compiles; whether it takes a conversation is asked of each row
+        logger.debug("chat_template refuses an empty message: %s", error)
     return tokenizer
 
 
@@ -173,7 +181,7 @@ class ChatEncoder:
             raise FeedbackError("rows are chat messages, and the tokenizer has no chat template")
         specials = sorted(special_tokens(tokenizer), key=lambda text: (-len(text), text))
         self.tokenizer = tokenizer
-        self.specials = re.compile("|".join(map(re.escape, specials)))
+        self.specials = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         self.closes = tuple(specials)
         self.left_out: Counter[str] = Counter()
         """Rows whose prompt the template does not render in full: by role, and "tools"."""
@@ -201,6 +209,11 @@ class ChatEncoder:
                 raise RowError("the chat template leaves out the last message")
             parts.append(part if part.rstrip().endswith(self.closes) else part + self.tokenizer.eos_token)
         return Rendering(before, tuple(parts), literals)
+
+    def whole(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a whole conversation, as a reward model reads it. Raises `RowError` if the template refuses it."""
+        literals, (messages,) = self._mark((list(messages),))
+        return self._marked_ids(self._apply(messages, None), literals)
 
     def _apply(self, messages: list[Message], tools, **options) -> str:
         try:
@@ -245,17 +258,16 @@ class ChatEncoder:
             ]
             yield prompt, sides
 
-    def _ids(self, texts: list[str], **options) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, **options)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def _marked_ids(self, text: str, literals: dict[str, str]) -> list[int]:
         pieces = re.split(f"([{''.join(literals)}])", text) if literals else [text]
         ids = []
         for piece in filter(None, pieces):
-            as_text = piece in literals
-            ids += self._ids([literals.get(piece, piece)], split_special_tokens=as_text)[0]
+            ids += (text_ids(self.tokenizer, [literals[piece]]) if piece in literals else self._ids([piece]))[0]
         return ids
 
 

@@ -242,6 +242,8 @@ def match_file(
         if embedder is None:
             raise ValueError("embedder is needed: tfidf, or the folder of a model")
         settings = {"min_density_ratio": 0.5, "max_density_ratio": 10.0, "seed": 0} | given
+        if not 0 <= settings["seed"] < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), not {settings['seed']}")
         ratio = DensityRatio(make_embedder(embedder), seed=settings["seed"])
     else:
         if given:
@@ -249,7 +251,7 @@ def match_file(
         ratio, settings = _read_state(state, embedder)
     low, high = settings["min_density_ratio"], settings["max_density_ratio"]
     if not 0 < low <= high < math.inf:
-        raise ValueError(f"density ratios must be 0 < min <= max, not {low} and {high}")
+        raise ValueError(f"min_density_ratio and max_density_ratio must be 0 < min <= max, not {low} and {high}")
     prompts, labels, given_weights = _read(data)
     up = np.array(labels)
     if state is None:
@@ -338,7 +340,7 @@ def _read_state(path: str | os.PathLike, embedder: str | None) -> tuple[DensityR
     except OSError as error:
         raise FeedbackError(f"{path}: {error.strerror or error}") from None
     except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise FeedbackError(f"{path}: the state is not one of bco-fast udm ({error!r})") from None
+        raise FeedbackError(f"--state {path}: not a state of bco-fast udm ({error!r})") from None
 
 
 def describe(report: MatchReport) -> str:

@@ -43,6 +43,9 @@ COLUMNS = (
     "tools",
 )
 
+LARGEST_WEIGHT = 3.4028234663852886e38
+"""Of float32, in which losses are weighted."""
+
 Needs = Literal["labels", "scores", "rewards", "pairs"]
 """What an objective reads: label; score in [0, 1]; score of any scale; chosen and rejected."""
 
@@ -148,7 +151,26 @@ def read_rows(
     except OSError as error:
         raise FeedbackError(f"{source}: {error.strerror or error}") from None
     bad_rows.settle(len(rows))
+    _warn_of_repeats(rows)
     return rows
+
+
+def _warn_of_repeats(rows: Sequence[FeedbackRow]) -> None:
+    """Log how many rows say the same again, and how many texts have thumbs up and thumbs down."""
+    seen: dict[int, int] = {}  # hash of the text (and score) -> 1 for thumbs up, 2 for thumbs down, 3 for both
+    repeated = 0
+    for row in rows:
+        sides = (side if isinstance(side, str) else json.dumps(side, sort_keys=True) for side in row.completions)
+        text = hash((row.prompt_text, *sides, None if math.isnan(row.score) else row.score))
+        thumb = 1 if row.label or len(row.completions) == 2 else 2
+        before = seen.get(text, 0)
+        repeated += bool(before & thumb)
+        seen[text] = before | thumb
+    both = sum(thumbs == 3 for thumbs in seen.values())
+    if repeated or both:
+        logger.warning(
+            "%d rows repeat an earlier one, and %d texts have both thumbs up and thumbs down", repeated, both
+        )
 
 
 def _columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -276,8 +298,14 @@ def weight_of(record: Mapping) -> float:
     """`weight`, 1 where there is none. Raises `RowError`."""
     weight = record.get("weight", 1.0)
     if not _is_number(weight) or weight < 0:
-        raise RowError(f"weight must be a number >= 0, not {_short(weight)}")
+        raise RowError(f"weight must be a number >= 0, not {_short(weight)}{_decimal_comma(weight)}")
+    if weight > LARGEST_WEIGHT:
+        raise RowError(f"weight {_short(weight)} is infinite in float32")
     return float(weight)
+
+
+def _decimal_comma(value) -> str:
+    return "; write a decimal point" if isinstance(value, str) and re.fullmatch(r"[+-]?\d+,\d+", value.strip()) else ""
 
 
 def _is_number(value) -> bool:

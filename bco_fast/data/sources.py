@@ -22,7 +22,9 @@ MAX_ROW_BYTES = 64 << 20
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>\w[\w.-]*))?")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # fmt: skip
 _PARQUET = b"PAR1"
-_SUFFIXES = frozenset((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".gz", ".zip", ".zst", ".bz2", ".xz"))
+_SUFFIXES = frozenset(
+    (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".zst", ".bz2", ".xz")
+)
 # A row group that claims to be larger than this, and this many times its size on disk, is a bomb.
 _BOMB_BYTES, _BOMB_RATIO = 256 << 20, 1000
 
@@ -101,11 +103,20 @@ def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
     if head.startswith(_PARQUET) or suffix == ".parquet":
         return "parquet"
-    if suffix == ".csv":
+    if suffix in (".csv", ".tsv"):
         return "csv"
     # .json is an array for some and JSON Lines for others; a line of JSON Lines never begins with "["
     array = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     return "array" if array and suffix not in (".jsonl", ".ndjson") else "lines"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `json` alone silently keeps the last value of a key that is given twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return record
 
 
 def _too_long() -> RowError:
@@ -132,7 +143,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", _too_long()
             elif line.strip():
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line, object_pairs_hook=_unique)
+                except RowError as error:
+                    record = error
                 except (ValueError, RecursionError) as error:
                     record = RowError(f"not JSON ({error})")
                 yield f"{path}:{number}", record
@@ -148,7 +161,7 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
     `json.load` would hold every object at once, several times the file. An element that is not JSON ends the reading:
     nothing behind it can be trusted.
     """
-    decode, row, at = json.JSONDecoder().raw_decode, 0, 0
+    decode, row, at = json.JSONDecoder(object_pairs_hook=_unique).raw_decode, 0, 0
     # Bytes that are not UTF-8 come in as lone surrogates, which a row's own check refuses.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         window = file.read(_WINDOW).lstrip()[1:].lstrip()
@@ -160,6 +173,8 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
                 end = _SPACE.match(window, end).end()
                 if window[end : end + 1] not in list(",]"):
                     raise ValueError("a comma or the closing bracket is missing")
+            except RowError as error:
+                raise FeedbackError(f"{path}: row {row}: {error}") from None
             except (ValueError, RecursionError) as error:
                 held = len(window) - at
                 more = file.read(max(_WINDOW, held)) if held <= MAX_ROW_BYTES else ""
@@ -188,7 +203,7 @@ def _csv(path: Path, ours: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
 
     header: list[str] = []
     with path.open("rb") as file:
-        reader = csv.reader(lines(file), strict=True)
+        reader = csv.reader(lines(file), strict=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         while True:
             where = f"{path}:{reader.line_num + 1}"
             try:
@@ -204,6 +219,11 @@ def _csv(path: Path, ours: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
                 yield where, _csv_record(header, cells, ours)
             elif not header:
                 header = cells
+                if len(header) == 1 and (other := next((mark for mark in (";", "\t", ",") if mark in header[0]), None)):
+                    name = {";": "semicolons", "\t": "tabs", ",": "commas"}[other]
+                    raise FeedbackError(
+                        f"{where}: the columns are separated by {name}: .csv has commas (and decimal points), .tsv has tabs"
+                    )
                 twice = [name for index, name in enumerate(header) if name in header[:index]]
                 if twice or not header:
                     raise FeedbackError(f"{where}: column {twice[0]!r} occurs twice" if twice else f"{path}: no header")

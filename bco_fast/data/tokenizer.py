@@ -19,6 +19,12 @@ def open_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     ]
 
 
+def text_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of text from outside: no special token is added, and the characters of one stay characters."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(list(texts), **options)["input_ids"]
+
+
 def positions(model) -> int | None:
     """Tokens of the longest sequence that a model takes, or None if its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -70,6 +70,8 @@ class Sampling:
             raise GenerationError(f"temperature must be >= 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise GenerationError(f"seed must be in [0, 2^63), not {self.seed}")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise GenerationError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -200,6 +200,8 @@ def judge(
     """
     if resamples < 1:
         raise JudgeError(f"resamples must be at least 1, not {resamples}")
+    if seed < 0:
+        raise JudgeError(f"seed must be >= 0, not {seed}")
     matched = match(a, b, prompts)
     texts = [prompt for prompt, _, _ in matched]
     sides = [ours for _, ours, _ in matched], [theirs for _, _, theirs in matched]

@@ -76,9 +76,10 @@ def token_values(
     training = model.training
     model.eval()
     try:
-        lengths = list(map(len, examples))
-        order = sorted(range(len(examples)), key=lambda i: -lengths[i])  # longest first: a lack of memory shows at once
-        for chosen in token_batches(lengths, order, tokens_per_batch):
+        order = sorted(
+            range(len(examples)), key=lambda i: -len(examples[i])
+        )  # longest first: a lack of memory shows at once
+        for chosen in token_batches([[example] for example in examples], order, tokens_per_batch):
             batch = collate([Item(examples[i]) for i in chosen], pad_token_id)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits  # [B, T, V]

@@ -1,4 +1,8 @@
-"""From a checkpoint and a `FeedbackConfig` to the model that is trained: dtype, attention, quantisation, adapters."""
+"""From a checkpoint and a `FeedbackConfig` to the model that is trained: dtype, attention, quantisation, adapters.
+
+A checkpoint is a stranger's folder. Weights are read from safetensors only, and Python code that lies beside them runs only
+with `trust_remote_code`, which is logged; otherwise transformers would ask on standard input.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
     from ..training.config import FeedbackConfig
 
 logger = logging.getLogger("bco_fast")
+
+
+def code_options(path: str | os.PathLike, trust_remote_code: bool) -> dict[str, bool]:
+    """Options of every `from_pretrained`: whether Python code of the folder may run."""
+    if trust_remote_code:
+        logger.warning("trust_remote_code: Python code of %s runs in this process", path)
+    return {"trust_remote_code": bool(trust_remote_code)}
+
+
+def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
+    return AutoTokenizer.from_pretrained(path, **code_options(path, trust_remote_code))
 
 
 def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namespace) -> nn.Module:
@@ -25,7 +40,7 @@ def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namesp
         ImportError: 4-bit or 8-bit loading without bitsandbytes.
         OSError, ValueError: of `from_pretrained`.
     """
-    options: dict = {"dtype": _dtype(config), "trust_remote_code": False}
+    options = {"dtype": _dtype(config), "use_safetensors": True, **code_options(path, config.trust_remote_code)}
     attention = config.attn_implementation
     if attention is None and torch.cuda.is_available():
         attention = "flash_attention_2" if _flash_attention_fits(config) else "sdpa"
@@ -80,6 +95,10 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
     if peft_config is None:
         names = [name.strip() for name in config.lora_target_modules.split(",")]
         saved = [name.strip() for name in config.lora_modules_to_save.split(",") if name.strip()]
+        modules = {name for name, _ in model.named_modules()}
+        for name in saved:  # peft ignores a name that fits nothing
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                raise ValueError(f"lora_modules_to_save: the model has no module {name!r}")
         peft_config = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -88,7 +107,10 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
             modules_to_save=saved or None,
             task_type="CAUSAL_LM",
         )
-    model = get_peft_model(model, peft_config)
+    try:
+        model = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {error}") from None
     trained, whole = model.get_nb_trainable_parameters()
     logger.info("adapter: %d of %d parameters are trained (%.2f %%)", trained, whole, 100 * trained / whole)
     return model

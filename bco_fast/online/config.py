@@ -58,8 +58,10 @@ class OnlineConfig(FeedbackConfig):
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+        if not (0 < self.temperature < float("inf") and 0 < self.top_p <= 1):
             raise ValueError(f"temperature must be > 0 and top_p in (0, 1], not {self.temperature} and {self.top_p}")
+        if not -float("inf") < self.reward_threshold < float("inf"):
+            raise ValueError(f"reward_threshold must be a finite number, not {self.reward_threshold}")
         if self.generator not in ("hf", "vllm"):
             raise ValueError(f"generator must be hf or vllm, not {self.generator!r}")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:

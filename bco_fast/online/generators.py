@@ -79,7 +79,7 @@ class VllmGenerator:
         try:
             import vllm
         except ImportError:
-            raise ImportError("the vLLM generator needs vllm on a GPU: pip install vllm") from None
+            raise ImportError("generator vllm needs the package vllm, and a GPU: pip install vllm") from None
         self.eos = tokenizer.eos_token_id
         self._params = vllm.SamplingParams
         self.options = {"n": 1, "temperature": temperature, "top_p": top_p, "top_k": 0, "max_tokens": max_new_tokens}

@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..data.chat import ChatEncoder
 from ..data.sources import one_line
 from ..data.tokenize import fit
-from ..data.tokenizer import open_ids, pad_or_eos, positions
+from ..data.tokenizer import open_ids, pad_or_eos, positions, text_ids
+from ..models.load import load_tokenizer
 
 logger = logging.getLogger("bco_fast")
 
@@ -126,7 +128,8 @@ class SequenceReward:
     A tokenizer with a chat template renders the prompt as the user's turn and the completion as the assistant's, chats
     unchanged; one with a separator token (BERT, DeBERTa) encodes them as a pair; any other as tok(prompt) + tok(completion)
     + EOS, as in training. The last two take texts only. A text that is too long loses the beginning of its prompt first;
-    the number of such texts is logged.
+    the number of such texts is logged. The characters of a special token in a chat, a pair or a completion are text: a
+    completion cannot end its turn and write the next one.
 
     Args:
         model_or_path: the model, which stays on its device; or a folder or Hub name, loaded in its stored dtype onto
@@ -134,17 +137,25 @@ class SequenceReward:
         tokenizer: None to load it from the path.
         batch_size: texts in one forward pass.
         max_length: tokens of a text; None for the model's positions.
+        trust_remote_code: run the Python code in the folder.
 
     Raises:
         RewardError: the model cannot be loaded, does not have exactly one logit, or its head is not in the checkpoint (a
             causal language model would get a random one).
     """
 
-    def __init__(self, model_or_path, tokenizer=None, batch_size: int = 16, max_length: int | None = None):
+    def __init__(
+        self,
+        model_or_path,
+        tokenizer=None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if isinstance(model_or_path, (str, os.PathLike)):
-            model_or_path, tokenizer = _load(str(model_or_path), tokenizer)
+            model_or_path, tokenizer = _load(str(model_or_path), tokenizer, trust_remote_code)
         self.model: nn.Module = model_or_path
         self.__name__ = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         if tokenizer is None:
@@ -152,6 +163,7 @@ class SequenceReward:
         if self.model.config.num_labels != 1:
             raise RewardError(f"a reward model has one logit, {self.__name__} has {self.model.config.num_labels}")
         self.tokenizer, self.batch_size = tokenizer, batch_size
+        self._chat = ChatEncoder(tokenizer) if tokenizer.chat_template else None
         self.max_length = max_length or min(positions(self.model) or 2**30, tokenizer.model_max_length)
         pads = (tokenizer.pad_token_id, self.model.config.pad_token_id, pad_or_eos(tokenizer))
         self._pad = next((pad for pad in pads if pad is not None), None)
@@ -179,23 +191,24 @@ class SequenceReward:
     def _encode(self, prompt: str | list, completion: str | list) -> tuple[dict[str, list[int]], bool]:
         """Token ids (and token types, for a pair), and whether they were cut."""
         tok, limit = self.tokenizer, self.max_length
-        if tok.chat_template:
-            turns = [*_messages("user", prompt), *_messages("assistant", completion)]
-            ids = tok.apply_chat_template(turns, tokenize=True, return_dict=False)
+        if self._chat:
+            ids = self._chat.whole([*_messages("user", prompt), *_messages("assistant", completion)])
             return {"input_ids": ids[-limit:]}, len(ids) > limit
         if not isinstance(prompt, str):
             raise RewardError(f"prompts are chats, and the tokenizer of {self.__name__} has no chat template")
         if tok.sep_token_id is not None:
-            whole = tok(prompt, completion)
+            whole = tok(prompt, completion, split_special_tokens=True)
             keep = [name for name in ("input_ids", "token_type_ids") if name in whole]
             if cut := len(whole["input_ids"]) > limit:
                 side, tok.truncation_side = tok.truncation_side, "left"
                 try:
-                    whole = tok(prompt, completion, truncation="longest_first", max_length=limit)
+                    whole = tok(
+                        prompt, completion, truncation="longest_first", max_length=limit, split_special_tokens=True
+                    )
                 finally:
                     tok.truncation_side = side
             return {name: list(whole[name]) for name in keep}, cut
-        (ids,), answer = open_ids(tok, [prompt]), tok(completion, add_special_tokens=False)["input_ids"]
+        (ids,), (answer,) = open_ids(tok, [prompt]), text_ids(tok, [completion])
         answer = answer if tok.eos_token_id is None else [*answer, tok.eos_token_id]
         kept, (shown,) = fit(ids, [answer], limit, max(1, limit // 2))
         return {"input_ids": [*kept, *shown]}, len(kept) + len(shown) < len(ids) + len(answer)
@@ -215,13 +228,14 @@ def _messages(role: str, said: str | list) -> list:
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
-def _load(path: str, tokenizer):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _load(path: str, tokenizer, trust_remote_code: bool):
+    from transformers import AutoModelForSequenceClassification
 
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": bool(trust_remote_code)}
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", output_loading_info=True)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = tokenizer or load_tokenizer(path, trust_remote_code)
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:  # a damaged folder raises anything
         raise RewardError(f"{path}: {one_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
@@ -230,22 +244,25 @@ def _load(path: str, tokenizer):
     return model.to(device), tokenizer
 
 
-def load_reward(spec: str | os.PathLike) -> Reward:
+def load_reward(spec: str | os.PathLike, trust_remote_code: bool = False) -> Reward:
     """A reward by name: "module:function" (the working directory is searched too), or the folder or Hub name of a
     sequence-classification model.
+
+    Args:
+        trust_remote_code: run the Python code in the model's folder.
 
     Raises:
         RewardError: there is no such folder, module or function, or the model is not a reward model.
     """
     spec = os.fspath(spec)
     if Path(spec).is_dir():
-        return SequenceReward(spec)
+        return SequenceReward(spec, trust_remote_code=trust_remote_code)
     module, colon, name = spec.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")):
         return _import(module, name)
     if Path(spec).exists() or Path(spec).is_absolute() or spec.startswith(".") or spec.count("/") > 1:
         raise RewardError(f"{spec}: neither the folder of a reward model nor module:function")
-    return SequenceReward(spec)
+    return SequenceReward(spec, trust_remote_code=trust_remote_code)
 
 
 def _import(module: str, name: str) -> Reward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..losses import OBJECTIVES, Objective
 from ..losses.reward_shift import MODES, RewardShift
+from . import values
 
 
 def _option(default, help: str, **metadata):
@@ -103,6 +103,10 @@ class FeedbackConfig(TrainingArguments):
         "Dtype of the weights of a model loaded from a path. auto: float32 if all are trained, else as stored.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
+    trust_remote_code: bool = _option(
+        False,
+        "Run the Python code in the folder of a model or tokenizer. Only for folders that you would run as a program.",
+    )
     attn_implementation: str | None = _option(
         None,
         "Attention backend of a model loaded from a path. Default: FlashAttention if it fits, else SDPA.",
@@ -171,6 +175,7 @@ class FeedbackConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        values.check_texts(self)
         super().__post_init__()
         if self.loss_type not in OBJECTIVES:
             raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, not {self.loss_type!r}")
@@ -179,7 +184,9 @@ class FeedbackConfig(TrainingArguments):
         elif self.objective.beta is None:
             raise ValueError(f"{self.loss_type} has no beta")
         self._check_inherited()
-        self._check_numbers()
+        self._check_weights()
+        values.check_numbers(self)
+        values.check_others(self)
         self._check_fit()
         self._leave_the_head_to_us()
         if self.data_seed is None:
@@ -203,7 +210,7 @@ class FeedbackConfig(TrainingArguments):
             if getattr(self.parallelism_config, axis, 1) > 1:
                 raise ValueError(f"parallelism_config: {axis} is not supported; use fsdp or deepspeed")
 
-    def _check_numbers(self) -> None:
+    def _check_weights(self) -> None:
         if self.desirable_weight != "auto":
             try:
                 self.desirable_weight = float(self.desirable_weight)
@@ -213,28 +220,12 @@ class FeedbackConfig(TrainingArguments):
                 ) from None
         elif self.undesirable_weight != 1.0:
             raise ValueError("desirable_weight='auto' sets both weights: leave undesirable_weight at 1")
-        if not 0.0 <= self.sparse_tolerance < 1.0:
-            raise ValueError(f"sparse_tolerance must be in [0, 1), not {self.sparse_tolerance}")
-        for name in ("beta", "slic_delta"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be > 0, not {value}")
-        for name in ("sft_weight", "gamma", "lam", "alpha", "desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            if value != "auto" and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be >= 0, not {value}")
-        for name in ("tokens_per_batch", "mlp_chunk_tokens", "lora_r"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
             raise ValueError(
                 "quantised weights cannot be trained themselves: load_in_4bit and load_in_8bit need use_peft"
             )
         if self.share_prompts not in ("auto", "true", "false"):
             raise ValueError(f"share_prompts must be auto, true or false, not {self.share_prompts!r}")
-        if not 0 <= self.pairing_ratio <= 1:
-            raise ValueError(f"pairing_ratio must be in [0, 1], not {self.pairing_ratio}")
 
     def _check_fit(self) -> None:
         """Options that the objective would ignore are refused: somebody meant something by them."""

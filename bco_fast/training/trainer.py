@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, set_seed
 
 from ..data.batch import Batch, collate
 from ..data.chat import with_template
@@ -86,6 +86,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.class_weights = _class_weights(train_dataset, args)
         self.weighting = {"reduction": args.reduction, "class_weights": self.class_weights}
         self.feedback = FeedbackState(args.new_shift())
+        set_seed(args.seed)  # the Trainer seeds after a new adapter, or a missing weight, has been drawn
         super().__init__(
             model=prepare_policy(model, args, peft_config, stats=self.feedback.head),
             args=args,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModelForCausalLM
 
+from ..models.load import code_options
 from .config import FeedbackConfig, _option
 from .trainer import FeedbackTrainer
 
@@ -52,7 +53,6 @@ class BCOConfig(FeedbackConfig):
     model_init_kwargs: dict | None = field(
         default=None, metadata={"help": "Of from_pretrained, when the model is a path."}
     )
-    trust_remote_code: bool = _option(False, "Run code that comes with the checkpoint.")
     max_completion_length: int | None = _option(None, "Without effect: it concerned encoder-decoders.")
     precompute_ref_log_probs: bool = _option(False, "Without effect: the reference is always computed once and cached.")
     precompute_ref_batch_size: int | None = _option(None, "Without effect: see reference_tokens_per_batch.")
@@ -131,11 +131,9 @@ class BCOTrainer(FeedbackTrainer):
         if args is None:
             raise ValueError("args is missing: pass a BCOConfig")
         options = dict(getattr(args, "model_init_kwargs", None) or {})
-        if getattr(args, "trust_remote_code", False):
-            logger.warning("trust_remote_code: code that comes with the checkpoint will run")
-            options["trust_remote_code"] = True
+        trusted = getattr(args, "trust_remote_code", False)
         if options:
-            model, ref_model = (_load(m, options) for m in (model, ref_model))
+            model, ref_model = (_load(m, trusted, options) for m in (model, ref_model))
         if args.max_length is None:
             args.max_length = _positions(model)
         if args.shift_mode is None:
@@ -143,12 +141,15 @@ class BCOTrainer(FeedbackTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset,
             processing_class=tokenizer if processing_class is None else processing_class,
-            ref_model=_load(ref_model, {}), **kwargs,
+            ref_model=_load(ref_model, trusted, {}), **kwargs,
         )  # fmt: skip
 
 
-def _load(model, options: dict):
-    return AutoModelForCausalLM.from_pretrained(model, **options) if isinstance(model, str) else model
+def _load(model, trusted: bool, options: dict):
+    if not isinstance(model, str):
+        return model
+    options = {"use_safetensors": True, **code_options(model, trusted), **options}
+    return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
 def _positions(model) -> int:

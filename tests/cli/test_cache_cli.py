@@ -221,7 +221,7 @@ BAD = {
     "no command": (["tidy"], "unknown command 'cache tidy'"),
     "a misspelt command": (["prun"], "did you mean 'prune'?"),
     "no model": (["build", "--data", "x.jsonl"], "required: --model"),
-    "a missing model": (["build", "--data", "x.jsonl", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+    "a missing model": (["build", "--data", __file__, "--model", "./nowhere"], "--model ./nowhere: no such folder"),
     "a missing file": (["build", "--data", "nowhere.jsonl", "--model", "MODEL", "--max-length", 64], "nowhere.jsonl: "),
     "no room": (
         ["build", "--data", "DATA", "--model", "MODEL"],

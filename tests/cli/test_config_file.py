@@ -28,7 +28,8 @@ def test_values_of_the_file_arrive(tmp_path):
         tmp_path,
         "model: m\ndata: d.jsonl\neval_fraction: 0.2\noutput_dir: out\n"
         "learning-rate: 5e-7\nmax_steps: 7\nshift_balanced: false\nbf16: no\nsave_strategy: no\neval_strategy: steps\n"
-        "desirable_weight: 2\nbeta: null\nuse_cpu: true\nreport_to: [none]\nlr_scheduler_kwargs: {num_cycles: 2}\n",
+        "desirable_weight: 2\nbeta: null\nuse_cpu: true\nreport_to: [none]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "lr_scheduler_type: cosine_with_restarts\n",
     )
     assert (options.model, options.data, options.eval_fraction) == ("m", "d.jsonl", 0.2)
     assert (config.learning_rate, config.max_steps, config.shift_balanced, config.bf16) == (5e-7, 7, False, False)

@@ -76,14 +76,14 @@ def test_options_may_stand_in_a_file(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--prompts", "none.jsonl"), "none.jsonl: No such file"),
+        (("--prompts", "none.jsonl"), "--prompts none.jsonl: no such file"),
         (("--reward", "nowhere:judge"), "nowhere:judge: importing nowhere raised ModuleNotFoundError"),
         (("--loss_type", "dpo"), "dpo needs pairs"),
         (("--samples_per_promt", "2"), "did you mean '--samples_per_prompt'?"),
         (("--generator", "tgi"), "invalid choice: 'tgi'"),
         (("--model", "./nowhere"), "--model ./nowhere: no such folder"),
         (("--chat_template", "nowhere.jinja"), "--chat_template nowhere.jinja: neither a template nor a file"),
-        (("--eval_strategy", "steps"), "eval_strategy steps needs eval_prompts"),
+        (("--eval_strategy", "steps"), "--eval_strategy steps needs --eval_prompts"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -204,8 +204,8 @@ def test_a_hub_dataset_is_read_by_name(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"--recipe": "helpster2"}, "did you mean 'helpsteer2'"),
-        ({"--to": "triples"}, "converts to pairs, binary, score"),
-        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl: No such file"),
+        ({"--to": "triples"}, "argument --to: invalid choice: 'triples'"),
+        ({"--data": "nowhere.jsonl"}, "--data nowhere.jsonl: no such file"),
         ({"--recipe": "ultrafeedback", "--to": "pairs"}, "in.jsonl:1: column 'instruction'"),
         ({"--to": "score", "--threshold": "3"}, "a threshold has no effect on helpsteer2 to score"),
         ({"--split": "test"}, "a split is for a name on the Hub"),

@@ -304,15 +304,16 @@ def test_from_the_command_line(tmp_path, capsys):
         (_rows(20), ["--min_density_ratio", "5", "--max_density_ratio", "2"], "0 < min <= max"),
         (_rows(20), ["--embedder", "/nowhere/at/all"], "neither tfidf nor a folder"),
         (_rows(20), ["--min_density_ratio", "nan"], "0 < min <= max"),
-        (_rows(20), ["--state", "/nowhere.json"], "nowhere.json: No such file"),
-        (_rows(20), ["--state", "/nowhere.json", "--seed", "1"], "seed come from the state"),
+        (_rows(20), ["--state", "/nowhere.json"], "--state /nowhere.json: no such file"),
+        (_rows(20), ["--state", "{data}", "--seed", "1"], "seed come from the state"),
         (_rows(20), ["--data", "owner/name"], "owner/name: no such file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refuses_in_one_line_and_writes_nothing(tmp_path, capsys, rows, extra, message):
     data = tiny.write(tmp_path / "in.jsonl", rows)
-    arguments = ["udm", "--data", str(data), "--embedder", "tfidf", "--output", str(tmp_path / "out.jsonl"), *extra]
+    arguments = ["udm", "--data", str(data), "--embedder", "tfidf", "--output", str(tmp_path / "out.jsonl")]
+    arguments += [word.format(data=data) for word in extra]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
@@ -358,5 +359,5 @@ def test_a_state_that_is_not_whole_is_refused(tmp_path):
             match_file(data, tmp_path / "out.jsonl", state=path)
         assert not (tmp_path / "out.jsonl").exists(), name
     path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="the state is not one"):
+    with pytest.raises(ValueError, match="not a state of"):
         match_file(data, tmp_path / "out.jsonl", state=path)

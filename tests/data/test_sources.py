@@ -351,7 +351,7 @@ def test_the_command_line_reads_from_the_hub_and_says_so_in_one_line(tmp_path, c
     for data, message in (
         ("owner/name:test", "owner/name:test: no such file, and not loaded from the Hub"),
         ("owner/name.jsonl", "--data owner/name.jsonl: no such file"),
-        (str(tmp_path), "no such file"),
+        (str(tmp_path), "a folder; pass one file of it"),
     ):
         assert cli.main([*arguments, data]) == 2
         assert message in capfd.readouterr().err.splitlines()[-1]
@@ -443,3 +443,52 @@ def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(FeedbackError, match="Is a directory; pass one file of it"):
         read_rows(tmp_path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    row = '{"prompt": "a", "completion": "b", "label": true, "label": false}'
+    for name, text in {"a.jsonl": row, "a.json": f"[{row}]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FeedbackError, match=r"the key 'label' is given twice"):
+            read_rows(tmp_path / name)
+    (tmp_path / "deep.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}], "label": true}'
+    )
+    with pytest.raises(FeedbackError, match=r"deep.jsonl:1: the key 'content' is given twice"):
+        read_rows(tmp_path / "deep.jsonl")
+
+
+def test_tables_with_other_separators(tmp_path):
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\tlabel\nsay, a\tb\ttrue\n")
+    (row,) = read_rows(tmp_path / "a.tsv")
+    assert (row.prompt, row.completion, row.label) == ("say, a", "b", True)
+    for name, text, kind in (("a.csv", "prompt;completion;label\na;b;1\n", "semicolons"), ("b.csv", "prompt\tlabel\na\t1\n", "tabs"), ("b.tsv", "prompt,label\na,1\n", "commas")):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FeedbackError, match=f"{name}:1: the columns are separated by {kind}"):
+            read_rows(tmp_path / name)
+    (tmp_path / "c.csv").write_text('prompt,completion,label,weight\na,b,1,"0,5"\n')
+    with pytest.raises(FeedbackError, match="weight must be a number >= 0, not '0,5'; write a decimal point"):
+        read_rows(tmp_path / "c.csv")
+
+
+def test_a_weight_that_is_infinite_in_float32_is_refused():
+    row = {"prompt": "a", "completion": "b", "label": True}
+    with pytest.raises(FeedbackError, match=r"weight 1e\+39 is infinite in float32"):
+        read_rows([row | {"weight": 1e39}])
+    assert read_rows([row | {"weight": 3e38}])[0].weight == 3e38
+
+
+def test_repeated_rows_and_texts_with_both_thumbs_are_counted(caplog):
+    row = {"prompt": "a", "completion": "b", "label": True}
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": True}
+    read_rows([row, row, row | {"label": False}, row | {"completion": "c"}, chat, chat])
+    assert "2 rows repeat an earlier one, and 1 texts have both thumbs up and thumbs down" in caplog.text
+    caplog.clear()
+    read_rows([row, row | {"completion": "c", "label": False}])
+    read_rows([row | {"score": score} for score in (0.1, 0.2)], needs="scores")
+    assert not caplog.text
+
+
+def test_a_label_that_disagrees_with_kto_tag_is_refused():
+    with pytest.raises(FeedbackError, match="label is True and kto_tag is False"):
+        read_rows([{"prompt": "a", "completion": "b", "label": True, "kto_tag": False}])

@@ -152,7 +152,7 @@ def test_a_model_has_no_shift_against_itself(folders, tmp_path, capfd):
 
 
 BAD = {
-    "no file": ({"data": "./nowhere.jsonl"}, "nowhere.jsonl: No such file"),
+    "no file": ({"data": "./nowhere.jsonl"}, "--data ./nowhere.jsonl: no such file"),
     "no model": ({"ref_model": "./nowhere"}, "./nowhere"),
     "another tokenizer": ({"ref_model": "{other}"}, "different tokenizers"),
     "no batch": ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"),

@@ -1,14 +1,20 @@
 """Tiles as a GPU gets them, counted on the meta device: whole numbers, aligned rows, memory within the promise."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 from test_logps import PeakBytes, _bytes
 
+from bco_fast.head.backends import launching, walk
 from bco_fast.head.backends import torch as chunked
-from bco_fast.head.backends import walk
+from bco_fast.head.backends import triton as triton_backend
 from bco_fast.head.backends.triton import splits
+from bco_fast.head.sparse import triton as sparse_triton
 from bco_fast.head.tiling import smallest_workspace, tile_shape
 from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
+from bco_fast.kernels import configs
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +117,29 @@ def test_vocabulary_ranges_fill_the_multiprocessors(processors, v, n):
     waves = -(-rows * count // processors)
     assert -(-rows * columns // processors) / (waves * -(-columns // count)) >= 0.9
     assert 1 <= splits(rows, columns, processors, most=0) <= splits(rows, columns, processors, most=3) <= 3
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """A model spread over GPUs has its head on one that need not be the current one."""
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        arg_names = ("N", "BLOCK_N")
+
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append((list(current), arguments))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    other = torch.device("cuda", 1)
+    launching.launch(Kernel(), (1,), configs.MERGE_SPLITS, other, N=3)
+    launching.launch(Kernel(), (1,), configs.MERGE_SPLITS, torch.device("cpu"), N=3)
+    arguments = {"N": 3, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1}
+    assert launched == [([other], arguments), ([], arguments)]
+    sources = [Path(module.__file__).read_text() for module in (launching, triton_backend, sparse_triton)]
+    assert sum(source.count("_kernel[") + source.count("kernel[grid]") for source in sources) == 1, "one place launches"

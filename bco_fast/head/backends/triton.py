@@ -56,7 +56,7 @@ def forward(
     seen = Statistics(inputs, want, MASS_TILE)
     return walk.forward(
         seen, functools.partial(_fold, seen), _rescale, tiles=1, workspace_bytes=workspace_bytes,
-        most_columns=configs.fold_most_columns(extras=_extras(inputs, want)),
+        most_columns=configs.fold_most_columns(extras=_extras(inputs, want), out=want.frozen),
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def _fold(
 ) -> Tensor | None:
     _, weight, targets, bias, spec = seen.inputs
     r, c = tile.shape
-    config = configs.fold_logits(c, extras=_extras(seen.inputs, seen.want))
+    config = configs.fold_logits(c, extras=_extras(seen.inputs, seen.want), out=out is not None)
     if INTERPRETED:  # whose tiles are not cut to what a GPU holds
         config = configs.INTERPRETED._replace(block_v=max(triton.next_power_of_2(c), MASS_TILE))
     state, mass = seen.state[:, rows], None if seen.mass is None else seen.mass[rows]
