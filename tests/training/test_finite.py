@@ -183,3 +183,23 @@ def test_what_is_written_is_json_with_infinities_too(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
     again = next(line for line in resumed.state.log_history if "error_term" in line)
     assert again == line
+
+
+def _watch_of_a_rank(rank, world):
+    args, watch = config_of_nothing(), FiniteWatch()
+    args.device  # noqa: B018 - joins the group
+    watch.loss(torch.tensor([1.0]), torch.tensor([4]), 1)
+    watch.check(args)
+    watch.loss(torch.tensor([math.nan if rank else 1.0]), torch.tensor([5 + rank]), 2)
+    try:
+        watch.check(args)
+    except TrainingDiverged as error:
+        return str(error)
+
+
+def test_every_rank_stops_for_the_same_reason(tmp_path):
+    import ranks
+
+    first, second = ranks.run(_watch_of_a_rank, 2, tmp_path)
+    assert first == second
+    assert "step 2: the loss is not finite for rows 6 of" in first
