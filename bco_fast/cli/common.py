@@ -36,7 +36,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as a scheduler sends before it takes the machine away."""
 
 
-_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM))
+_NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))  # never of a read
 # What safetensors' and torch's writers make of the same errors.
 _NO_ROOM_TEXT = re.compile(r"No space left|File too large|Read-only file system|Input/output error|quota exceeded|unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed", re.IGNORECASE)  # fmt: skip
 

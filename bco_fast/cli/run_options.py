@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..data.sources import one_line
 from .common import (
     DivergedError,
     Help,
@@ -165,10 +166,10 @@ def resumable(config) -> Iterator[None]:
         interruption.args = (how_to_continue(config.output_dir),)
         raise
     except Exception as error:
-        reason = write_failure(error)
+        reason = write_failure(error) or (one_line(error) if isinstance(error, OSError) else None)
         if reason is None:
             raise
-        raise UsageError(f"{reason}; free space, then {how_to_continue(config.output_dir)}") from None
+        raise UsageError(f"{reason}; mend it, then {how_to_continue(config.output_dir)}") from None
 
 
 def how_to_continue(output_dir: str) -> str:

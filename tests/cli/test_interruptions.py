@@ -195,3 +195,10 @@ def test_the_final_name_of_a_temporary_file(tmp_path):
         temporary.touch()
         assert final_name(temporary) == str(tmp_path / "a.b.json")
     assert final_name("x/.hidden") == "x/.hidden"
+
+
+def test_a_file_that_cannot_be_read_is_not_called_a_failed_write():
+    from bco_fast.cli.common import write_failure
+
+    assert write_failure(PermissionError(13, "Permission denied", "m/config.json")) is None
+    assert write_failure(OSError(28, "No space left on device", "a")) == "cannot write a (No space left on device)"
