@@ -92,7 +92,7 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
 def _digest(weights: Mapping[str, Tensor]) -> str:
     """Hash of names, dtypes, shapes and bytes. Threads share the pieces; tied weights are hashed once."""
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():  # ZeRO-3 empties what it shards
             raise ValueError(
                 f"{name} of the reference model has no values in memory, so the model cannot be identified"
             )

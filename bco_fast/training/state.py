@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -11,18 +12,12 @@ from transformers.trainer_callback import ExportableState
 from ..head.types import HeadStats
 from ..losses.metrics import FIELDS, unpaired_metrics
 from ..losses.reward_shift import RewardShift
+from ..reference.ranks import all_reduce, number_of_ranks, own_rank
 
 _DEVICE = ("loss", "kl", *FIELDS)
 """Sums that are added up on the device; nothing waits for them before a log line."""
 _HOST = ("steps", "rho", "certified", "sparse")
 """Numbers that the host knows anyway."""
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 class FeedbackState(TrainerCallback, ExportableState):
@@ -43,19 +38,23 @@ class FeedbackState(TrainerCallback, ExportableState):
         self._sums: Tensor | None = None  # [_DEVICE] float64
         self._numbers = dict.fromkeys(_HOST, 0.0)
 
-    def add(self, loss: Tensor, sums: Tensor, z_ref: Tensor | None = None, *, begins_step: bool = True) -> None:
+    def add(self, loss: Tensor, sums: Tensor | None, z_ref: Tensor | None = None, *, begins_step: bool = True) -> None:
         """Take in one micro-batch.
 
         Args:
             loss: its part of the step's loss.
-            sums: its `unpaired_sums`.
+            sums: its `unpaired_sums`; None for a placeholder.
             z_ref: of KTO, with the first micro-batch of a step.
+
+        Steps and their z_ref are the same on all ranks, so the first rank alone counts them.
         """
-        kl = loss * 0 if z_ref is None else z_ref
+        first = own_rank() == 0
+        kl = z_ref if first and z_ref is not None else loss * 0
+        sums = loss.new_zeros(len(FIELDS), dtype=torch.float64) if sums is None else sums
         row = torch.cat([torch.stack([loss.double(), kl.double()]), sums])
         self._sums = row if self._sums is None else self._sums + row
         self._add_backward()
-        self._numbers["steps"] += begins_step
+        self._numbers["steps"] += begins_step and first
 
     def _add_backward(self) -> None:
         """Take in, once, what the last backward of a sparse head reported."""
@@ -65,25 +64,40 @@ class FeedbackState(TrainerCallback, ExportableState):
             self._numbers["sparse"] += 1
             self.head.clear()
 
-    def take(self, device: torch.device, ranks: int) -> dict[str, float]:
-        """The metrics of the window over all ranks; the next window starts empty.
-
-        Every rank must call it: one without a micro-batch since the last call adds zeros.
-        """
+    def _over_ranks(self, device: torch.device) -> Tensor:  # [_DEVICE + _HOST] float64
+        """The window's sums over all ranks; the next window starts empty."""
         self._add_backward()
         sums = torch.zeros(len(_DEVICE), dtype=torch.float64) if self._sums is None else self._sums
         numbers = torch.tensor(list(self._numbers.values()), dtype=torch.float64)
         self._clear()
-        found = all_reduce(torch.cat([sums.to(device), numbers.to(device)])).cpu()
+        return all_reduce(torch.cat([sums.to(device), numbers.to(device)]))
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """The metrics of the window over all ranks; the next window starts empty.
+
+        Every rank must call it: one without a micro-batch since the last call adds zeros.
+        """
+        found = self._over_ranks(device).cpu()
         named = dict(zip((*_DEVICE, *_HOST), found.tolist(), strict=True))
         if not named["steps"]:
             return {}
-        metrics = {"loss": named["loss"] * ranks / named["steps"], **unpaired_metrics(found[2 : len(_DEVICE)])}
+        metrics = {"loss": named["loss"] / named["steps"], **unpaired_metrics(found[2 : len(_DEVICE)])}
         metrics["kl"] = named["kl"] / named["steps"]
         if named["sparse"]:
             metrics["head/rho"] = named["rho"] / named["sparse"]
             metrics["head/certified"] = named["certified"] / named["sparse"]
         return metrics
+
+    def pool(self, device: torch.device) -> None:
+        """Move the sums of all ranks to the first, which saves them. Every rank must call it before a save."""
+        if number_of_ranks() == 1:
+            return
+        found = self._over_ranks(device)
+        if own_rank() == 0:
+            self._restore(found[: len(_DEVICE)], found[len(_DEVICE) :].tolist())
+
+    def _restore(self, sums: Tensor, numbers: Sequence[float]) -> None:
+        self._sums, self._numbers = sums, dict(zip(_HOST, numbers, strict=True))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.shift.step()
@@ -96,10 +110,10 @@ class FeedbackState(TrainerCallback, ExportableState):
             return
         self.shift.load_state_dict(saved["shift"])
         self._clear()
-        if saved["sums"] is not None:
+        if saved["sums"] is not None and own_rank() == 0:  # they are those of all ranks
             loss, steps, kl, rho, certified, sparse, *sums = saved["sums"]
-            self._sums = torch.tensor([loss, kl, *sums], dtype=torch.float64, device=args.device)
-            self._numbers = {"steps": steps, "rho": rho, "certified": certified, "sparse": sparse}
+            on_device = torch.tensor([loss, kl, *sums], dtype=torch.float64, device=args.device)
+            self._restore(on_device, [steps, rho, certified, sparse])
 
     def state(self) -> dict:
         self._add_backward()
