@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
 
 from .common import UsageError, nearest
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
-        print(f"bco-fast: error: {error}", file=sys.stderr)
+        if not error.of_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"bco-fast: error: {error}", file=sys.stderr)
         return 2
     if summary is not None:
         print(json.dumps(summary), flush=True)

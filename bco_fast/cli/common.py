@@ -17,6 +17,9 @@ logger = logging.getLogger("bco_fast")
 class UsageError(Exception):
     """An error that the user can fix; printed as one line, exit code 2."""
 
+    of_all_ranks = False
+    """Every rank raises it, so that rank 0 alone prints it."""
+
 
 @contextlib.contextmanager
 def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
@@ -24,7 +27,9 @@ def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise UsageError(f"{prefix}{one_line(error)}") from None
+        refused = UsageError(f"{prefix}{one_line(error)}")
+        refused.of_all_ranks = getattr(error, "of_all_ranks", False)
+        raise refused from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

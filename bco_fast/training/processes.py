@@ -21,6 +21,9 @@ _OF_A_RANK = ("local_rank", "logging_dir", "run_name")
 class RanksDisagree(ValueError):
     """The ranks of one run were started differently. Every rank raises it, with the same message."""
 
+    of_all_ranks = True
+    """One rank's message is enough."""
+
 
 def check_processes(args: FeedbackConfig) -> None:
     """Refuse threads in place of processes, and a device on which log-probabilities cannot be summed.
@@ -69,7 +72,8 @@ def check_ranks(datasets: Sequence[FeedbackDataset], args: FeedbackConfig, cache
 
 def _check_common_folder(folder: Path) -> None:
     """Rank 0 writes a file that the others must find."""
-    mark, problem = folder / f".ranks-{gather_objects(os.urandom(8).hex())[0]}", None
+    first, token = gather_objects((str(folder), os.urandom(8).hex()))[0]
+    mark, problem = folder / f".ranks-{token}", None
     if own_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +93,6 @@ def _check_common_folder(folder: Path) -> None:
         mark.unlink()
     if not all(seen):
         raise RanksDisagree(
-            f"rank {seen.index(False)} does not see what rank 0 writes into cache_dir {folder}: give all ranks one folder on "
+            f"rank {seen.index(False)} does not see what rank 0 writes into cache_dir {first}: give all ranks one folder on "
             "a shared file system"
         )

@@ -32,6 +32,8 @@ class FeedbackState(TrainerCallback, ExportableState):
     def __init__(self, shift: RewardShift):
         self.shift = shift
         self.head = HeadStats()
+        self.batches: dict[str, int] = {}
+        """How a step is cut, for a resume on another number of ranks."""
         self._clear()
 
     def _clear(self) -> None:
@@ -102,12 +104,22 @@ class FeedbackState(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         self.shift.step()
 
+    @staticmethod
+    def _batches(args) -> dict[str, int]:
+        return {
+            "ranks": number_of_ranks(),
+            "batches of a step": number_of_ranks() * args.gradient_accumulation_steps,
+            "rows of a batch": args.per_device_train_batch_size,
+        }
+
     def on_train_begin(self, args, state, control, **kwargs):
+        self.batches = self._batches(args)
         # Checkpoints written before the package had rooms call this class _FeedbackState.
         older = state.stateful_callbacks.pop("_FeedbackState", None)
         saved = (state.stateful_callbacks.get(type(self).__name__) or older or {}).get("attributes")
         if not saved:
             return
+        _check_batches(saved.get("batches"), self.batches)
         self.shift.load_state_dict(saved["shift"])
         self._clear()
         if saved["sums"] is not None and own_rank() == 0:  # they are those of all ranks
@@ -121,4 +133,18 @@ class FeedbackState(TrainerCallback, ExportableState):
         if self._sums is not None:
             (loss, kl, *rest), numbers = self._sums.tolist(), self._numbers
             sums = [loss, numbers["steps"], kl, numbers["rho"], numbers["certified"], numbers["sparse"], *rest]
-        return {"args": {}, "attributes": {"shift": self.shift.state_dict(), "sums": sums}}
+        return {"args": {}, "attributes": {"shift": self.shift.state_dict(), "sums": sums, "batches": self.batches}}
+
+
+def _check_batches(saved: dict[str, int] | None, now: dict[str, int]) -> None:
+    """Refuse to resume on another number of ranks if a step would take other rows."""
+    if not saved or saved["ranks"] == now["ranks"]:
+        return
+    for name in ("batches of a step", "rows of a batch"):
+        if saved[name] != now[name]:
+            raise ValueError(
+                f"the checkpoint was saved by {saved['ranks']} ranks with {saved['batches of a step']} micro-batches of "
+                f"{saved['rows of a batch']} rows a step, and this run has {now['ranks']} ranks with "
+                f"{now['batches of a step']} of {now['rows of a batch']}: the order of the rows would change. Keep "
+                "ranks x gradient_accumulation_steps and per_device_train_batch_size"
+            )

@@ -9,9 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+import fsdp_on_cpu
 import tiny
 import torch
 from runs import TOKENIZER, config
+from torch.distributed.tensor import DTensor
 
 from bco_fast import FeedbackTrainer
 
@@ -55,13 +57,12 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     metrics = trainer.evaluate()
     left_out = ("runtime", "per_second", "preparation_time")
     lines = [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in trainer.state.log_history if "loss" in e]
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {n: p for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad}
+    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in weights.items()}
     found = {
         "lines": lines,
         "metrics": {k: v for k, v in metrics.items() if not k.endswith(left_out)},
-        "weights": {n: t.double().flatten().tolist() for n, t in state.items() if not lora or "lora" in n}
-        if state
-        else {},
+        "weights": {n.removeprefix("module."): w.detach().double().flatten().tolist() for n, w in weights.items()},
         "layout": trainer.layout,
         "computed": trainer.reference_report.computed,
     }
@@ -70,7 +71,9 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     return found
 
 
-def of_ranks(rank, world, folder, names, options):
+def of_ranks(rank, world, folder, names, options, fsdp=False):
+    if fsdp:
+        fsdp_on_cpu.install()
     return {name: run(name, world, folder, **options) for name in names}
 
 
@@ -78,8 +81,6 @@ def main():
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     if os.environ.get("FSDP_ON_CPU"):
-        import fsdp_on_cpu
-
         fsdp_on_cpu.install()
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     found = of_ranks(rank, world, folder, names, {})
