@@ -30,8 +30,14 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
         adapter: for a PEFT model, include its active adapters; otherwise its base model is identified. See `fill`.
 
     Raises:
-        ValueError: a weight is not in memory (meta device), or an adapter is merged into the base weights in place.
+        ValueError: a weight is not in memory (meta device, or sharded by ZeRO-3 while loading), or an adapter is merged
+            into the base weights in place.
     """
+    if any(hasattr(p, "ds_id") and not p.numel() for p in model.parameters()):
+        raise ValueError(
+            "ZeRO-3 has sharded the reference model while it was loaded, so its weights cannot be identified: set "
+            "zero3_init_flag: false, so that it is sharded after loading"
+        )
     weights = _weights(model, adapter)
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     if adapter and hasattr(model, "peft_config"):
@@ -92,7 +98,7 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
 def _digest(weights: Mapping[str, Tensor]) -> str:
     """Hash of names, dtypes, shapes and bytes. Threads share the pieces; tied weights are hashed once."""
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():  # ZeRO-3 empties what it shards
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise ValueError(
                 f"{name} of the reference model has no values in memory, so the model cannot be identified"
             )
