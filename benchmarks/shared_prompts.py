@@ -29,7 +29,9 @@ SHAPES = {
     "512 + 2 x 128": (512, 2, 128, 2),
     "200 + 2 x 300": (200, 2, 300, 2),
     "256 + 1 x 256": (256, 1, 256, 4),
+    "8 turns of 128": (0, 8, 128, 1),
 }
+"""Of the last, every turn of a chat is judged; repeated, each turn is a row with the turns before it as its prompt."""
 VOCABULARY = 8192
 
 
@@ -42,11 +44,17 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def dataset(shape: str, prompts: int) -> FeedbackDataset:
+def dataset(shape: str, prompts: int, *, together: bool) -> FeedbackDataset:
     rng = np.random.default_rng(0)
     prompt_tokens, completions, tokens, _ = SHAPES[shape]
     examples = []
-    for _ in range(prompts):
+    for chat in range(prompts):
+        if not prompt_tokens:  # half of a turn is the user's
+            ids = rng.integers(2, VOCABULARY, completions * tokens).astype(np.int32)
+            for i in range(completions):
+                stop, group = (i + 1) * tokens, f"chat {chat}" if together else ""
+                examples.append(Example(ids[:stop], stop - tokens // 2, i % 2 == 0, 1.0, group=group))
+            continue
         prompt = rng.integers(2, VOCABULARY, prompt_tokens)
         for i in range(completions):
             ids = np.concatenate([prompt, rng.integers(2, VOCABULARY, tokens)]).astype(np.int32)
@@ -57,10 +65,10 @@ def dataset(shape: str, prompts: int) -> FeedbackDataset:
 def worker(shape: str, share: str, steps: int) -> dict:
     """One process: processor seconds of each step after the first, and peak memory beyond the model."""
     _, completions, _, prompts = SHAPES[shape]
-    data = dataset(shape, prompts * (steps + 1))
+    data = dataset(shape, prompts * (steps + 1), together=share == "true")
     with tempfile.TemporaryDirectory() as folder:
         config = FeedbackConfig(
-            output_dir=folder, cache_dir=folder, share_prompts=share, padding_free=True, max_length=4096,
+            output_dir=folder, cache_dir=folder, share_prompts=share if SHAPES[shape][0] else "false", padding_free=True, max_length=4096,
             per_device_train_batch_size=completions * prompts, max_steps=steps + 1, logging_steps=1, save_strategy="no",
             report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-6,
         )  # fmt: skip

@@ -15,18 +15,18 @@ class LaunchConfig(NamedTuple):
 
 
 # 128x128 keeps 64 fp32 accumulators a thread and the online softmax beside them: no spilled register on sm_80 to
-# sm_120. 128x256 spills on all of them (692 bytes on sm_80, 2676 on sm_100).
-HEAD_LOGPS = LaunchConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=3)
+# sm_120. 128x256 spills on all of them (692 bytes on sm_80, 2676 on sm_100), and Triton 3.6 spills 128 bytes with a
+# block_d of 64 on sm_90; 32 has the same bytes in flight with one more stage.
+HEAD_LOGPS = LaunchConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)
 
 # Softcap and entropy need a second value per logit: at 128x128 that spills 232 bytes on sm_90 and 716 on sm_100.
-HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=64, num_warps=8, num_stages=3)
+HEAD_LOGPS_EXTRAS = LaunchConfig(block_n=64, block_v=128, block_d=32, num_warps=8, num_stages=4)
 
 # IEEE fp32 has no tensor core, and its operands double the shared memory of a stage (99 KiB on sm_86, 89 and 120).
-HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2)
+HEAD_LOGPS_FP32 = LaunchConfig(block_n=64, block_v=64, block_d=16, num_warps=4, num_stages=2)
 HEAD_LOGPS_FP32_EXTRAS = LaunchConfig(block_n=32, block_v=32, block_d=16, num_warps=4, num_stages=2)
 
-# Two rows a program: their statistics stay in registers while the program reads its tile twice, from L2.
-FOLD_LOGITS = LaunchConfig(block_n=2, block_v=256, block_d=0, num_warps=4, num_stages=1)
+RESCALE_ROWS = LaunchConfig(block_n=1, block_v=0, block_d=1024, num_warps=4, num_stages=1)
 
 # Elementwise over a tile: 16 fp32 values a thread, rows short enough that small batches still fill the GPU.
 DLOGITS = LaunchConfig(block_n=4, block_v=1024, block_d=0, num_warps=8, num_stages=1)
@@ -55,6 +55,17 @@ def head_logps(itemsize: int, *, extras: bool) -> LaunchConfig:
     return HEAD_LOGPS_FP32_EXTRAS if extras else HEAD_LOGPS_FP32
 
 
+def fold_most_columns(*, extras: bool, out: bool) -> int:
+    """Columns of a row that a program holds in registers without spilling; extras: bias, softcap, entropy or masses."""
+    return 16384 if out and not extras else 8192
+
+
+def fold_logits(columns: int, *, extras: bool, out: bool) -> LaunchConfig:
+    """One row a program, 32 values a thread (16 with `out`): enough loads in flight to hide their latency."""
+    block_v = min(max(1 << (columns - 1).bit_length(), 1024), fold_most_columns(extras=extras, out=out))
+    return LaunchConfig(1, block_v, 0, num_warps=block_v // (512 if out else 1024), num_stages=1)
+
+
 def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:
     """For operands of `itemsize` bytes; extras: bias or softcap."""
     if itemsize <= 2:
@@ -64,10 +75,13 @@ def gathered_dlogits(itemsize: int, *, extras: bool) -> LaunchConfig:
 
 # First row that fits: least capability (90 is sm_90; 0 is the interpreter and other vendors), most bytes an operand,
 # least hidden size, which forward. Not measured here yet. Published on H100: cuBLAS tile + row kernel 648 to 709
-# TFLOP/s, fused Triton 208 to 469, so Hopper and Blackwell fold; on Ampere and Ada cuBLAS has no such lead, and fused
-# saves the traffic. IEEE float32 has no tensor core in Triton, and cuBLAS is far ahead in it everywhere.
+# TFLOP/s, fused Triton 208 to 469, so Hopper and Blackwell fold. A100 has the bandwidth to fold from about D = 1024 on,
+# where a matmul tile costs more than the traffic of its logits; the consumer cards sm_86 and sm_89 have not. IEEE
+# float32 has no tensor core in Triton, and cuBLAS is far ahead in it everywhere.
 FORWARD_METHODS = (
     (90, 2, 0, "fold"),
+    (86, 2, 0, "fused"),
+    (80, 2, 1024, "fold"),
     (80, 2, 0, "fused"),
     (80, 8, 0, "fold"),
     (0, 8, 0, "fused"),

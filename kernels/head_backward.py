@@ -69,7 +69,9 @@ def dlogits_kernel(
     m_n = o_n < N
     m_tile = m_n[:, None] & (o_c < C)[None, :]
     b_z = tl.load(tile_ptr + o_n[:, None] * stride_tn + o_c[None, :], mask=m_tile, other=0.0)
-    b_z, b_softcap_grad = finish_logits(b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP)
+    b_z, b_softcap_grad = finish_logits(
+        b_z, bias_ptr, o_v[None, :], V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
+    )
     b_max = tl.load(row_max_ptr + o_n, mask=m_n, other=0.0)[:, None]
     b_sum = tl.load(row_sum_ptr + o_n, mask=m_n, other=1.0)[:, None]
     b_c = tl.load(grad_logp_ptr + o_n, mask=m_n, other=0.0)[:, None]

@@ -80,7 +80,7 @@ def head_logps_kernel(
             UPCAST,
         )
         b_z, b_softcap_grad = finish_logits(
-            b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
+            b_z, bias_ptr, o_v[None, :], V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
         )
         b_logit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_z, 0.0), axis=1)
         b_highest = tl.max(b_z, axis=1)

@@ -76,7 +76,7 @@ def gathered_dlogits_kernel(
             b_w = tl.load(p_weight[None, :] + (d + o_d)[:, None], mask=(o_v < V)[None, :] & m_d[:, None], other=0.0)
             b_z = tl.dot(b_h, b_w, b_z, input_precision="ieee", out_dtype=ACC)
         b_z, b_softcap_grad = finish_logits(
-            b_z, bias_ptr, o_v, V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
+            b_z, bias_ptr, o_v[None, :], V, LOGIT_SCALE, SOFTCAP, TEMPERATURE, HAS_BIAS, HAS_SOFTCAP
         )
         b_max = tl.load(row_max_ptr + o_n, mask=m_i, other=0.0)[:, None]
         b_sum = tl.load(row_sum_ptr + o_n, mask=m_i, other=1.0)[:, None]

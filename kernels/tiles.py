@@ -66,7 +66,7 @@ def tanh_and_grad(x):
 def finish_logits(
     b_z,  # [BLOCK_N, BLOCK_V] hidden @ weight.T
     bias_ptr,
-    o_v,
+    o_v,  # vocabulary ids, in a shape that broadcasts to b_z
     V,
     LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -79,7 +79,7 @@ def finish_logits(
     Also returns d(softcap(x))/dx, which is 1 without a softcap.
     """
     if HAS_BIAS:
-        b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]
+        b_z += tl.load(bias_ptr + o_v, mask=(o_v >= 0) & (o_v < V), other=0.0).to(b_z.dtype)
     b_z = b_z * LOGIT_SCALE
     b_softcap_grad = tl.full(b_z.shape, 1.0, b_z.dtype)
     if HAS_SOFTCAP:
@@ -87,7 +87,7 @@ def finish_logits(
         b_z = b_t * SOFTCAP
     b_z = b_z * (1.0 / TEMPERATURE)
     # The mask comes last: a bias or softcap on a masked logit would make it finite again.
-    b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))
+    b_z = tl.where(o_v < V, b_z, float("-inf"))
     return b_z, b_softcap_grad
 
 

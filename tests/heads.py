@@ -85,11 +85,11 @@ def fused_call(case: Case, backend: str, entropy: bool, **kwargs):
     """`fused_linear_logps` on the case's own tensors, or `plain`."""
     call = plain if backend == "plain" else functools.partial(fused_linear_logps, backend=backend.removesuffix(" fold"))
     arguments = {"bias": case.bias, "return_entropy": entropy, **case.options, **kwargs}
-    with _forced(backend):
+    with forced(backend):
         return call(case.hidden, case.weight, case.targets, **arguments)
 
 
-def _forced(backend: str):
+def forced(backend: str):
     """`triton fold` is the triton backend with its other forward."""
     if not backend.startswith("triton"):
         return contextlib.nullcontext()

@@ -127,7 +127,7 @@ def accelerator():
     """The device of the accelerator, or of the CPU where there is none."""
     import torch
 
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def load_tokenizer(path: str):

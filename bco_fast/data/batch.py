@@ -21,6 +21,7 @@
     placeholder            True in a batch that counts for nothing; otherwise absent
 
 Shared batches hold every prompt once, however many of its completions are in the batch: prompt, y1, y2, next prompt, ...
+In every layout, a judged turn of a chat is computed within a later turn of the same chat that begins with its tokens.
 
 A batch of pairs has all chosen completions first, then all rejected ones. Everything is counted here, on the CPU, so that
 nothing on the device has to be.
@@ -103,7 +104,11 @@ def placeholder(batch: Batch) -> Batch:
 
 def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, layout: Layout = "padded") -> Batch:
     """The part of a batch that a model needs to give log-probabilities: tokens, rows, targets, cu_completions."""
-    batch, places = {"padded": _padded, "packed": _packed, "shared": _shared}[layout](examples, pad_token_id)
+    host = hosts(examples)
+    kept = sorted(set(host))
+    batch, positions = _LAYOUTS[layout]([examples[i] for i in kept], pad_token_id)
+    at = dict(zip(kept, positions, strict=True))
+    places = [at[h][e.completion_start - 1 : len(e) - 1] for h, e in zip(host, examples, strict=True)]
     batch["rows"] = torch.from_numpy(np.concatenate(places))
     targets = np.concatenate([example.input_ids[example.completion_start :] for example in examples])
     batch["targets"] = torch.from_numpy(targets.astype(np.int64))
@@ -111,65 +116,81 @@ def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, layout
     return batch
 
 
+def hosts(examples: Sequence[Example]) -> list[int]:
+    """For each example the index of the one whose tokens hold its own: itself, or the longest turn of its chat that begins
+    with it. Attention is causal, so one pass over that turn gives the log-probabilities of both."""
+    host, chats = list(range(len(examples))), {}
+    for i, example in enumerate(examples):
+        if example.group:
+            chats.setdefault(example.group, []).append(i)
+    for members in chats.values():
+        members.sort(key=lambda i: -len(examples[i]))
+        for place, i in enumerate(members):
+            ids = examples[i].input_ids
+            longer = (
+                h for h in members[:place] if host[h] == h and np.array_equal(examples[h].input_ids[: len(ids)], ids)
+            )
+            host[i] = next(longer, i)
+    return host
+
+
 def _cumulative(lengths: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-# Each layout returns the batch's tokens and, for each example, the positions that predict its completion.
+# Each layout returns the batch's tokens and, for each example, the positions of its tokens in the flattened row.
 
 
 def _padded(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
     shape = len(examples), max(map(len, examples))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention = np.zeros(shape, dtype=np.int64)
-    places = []
     for i, example in enumerate(examples):
         input_ids[i, : len(example)] = example.input_ids
         attention[i, : len(example)] = 1
-        places.append(i * shape[1] + np.arange(example.completion_start - 1, len(example) - 1))
-    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}, places
+    positions = [i * shape[1] + np.arange(len(example)) for i, example in enumerate(examples)]
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention)}, positions
 
 
 def _packed(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
     cu_lengths = _cumulative([len(example) for example in examples])
     cu, longest = torch.from_numpy(cu_lengths.astype(np.int32)), max(map(len, examples))
-    starts = cu_lengths.tolist()
     batch = _row(
         [example.input_ids for example in examples],
         [np.arange(len(example)) for example in examples],
-        [Segment(start, stop) for start, stop in itertools.pairwise(starts)],
+        [Segment(start, stop) for start, stop in itertools.pairwise(cu_lengths.tolist())],
     )
     batch |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
-    places = [s + np.arange(e.completion_start - 1, len(e) - 1) for s, e in zip(starts[:-1], examples, strict=True)]
-    return batch, places
+    return batch, [np.arange(start, stop) for start, stop in itertools.pairwise(cu_lengths)]
 
 
 def _shared(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
     groups: dict[bytes, list[int]] = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.prompt_key, []).append(i)
-    ids, positions, parts, at = [], [], [], 0
-    places: list[np.ndarray] = [np.empty(0)] * len(examples)
+    ids, offsets, parts = [], [], []
+    positions: list[np.ndarray] = [np.empty(0)] * len(examples)
 
-    def add(tokens: np.ndarray, offset: int, prompt: tuple[int, int] | None = None) -> tuple[int, int]:
-        nonlocal at
+    def add(tokens: np.ndarray, offset: int, prompt: tuple[int, int] | None = None) -> np.ndarray:
+        start = parts[-1].stop if parts else 0
         ids.append(tokens)
-        positions.append(np.arange(offset, offset + len(tokens)))
-        parts.append(Segment(at, at + len(tokens), prompt))
-        at += len(tokens)
-        return at - len(tokens), at
+        offsets.append(np.arange(offset, offset + len(tokens)))
+        parts.append(Segment(start, start + len(tokens), prompt))
+        return np.arange(start, start + len(tokens))
 
     for members in groups.values():
-        length = examples[members[0]].completion_start
+        first, length = examples[members[0]].input_ids, examples[members[0]].completion_start
         if len(members) == 1:  # nothing is shared, so prompt and completion are one run
-            start, stop = add(examples[members[0]].input_ids, 0)
-            places[members[0]] = np.arange(start + length - 1, stop - 1)
+            positions[members[0]] = add(first, 0)
             continue
-        prompt = add(examples[members[0]].input_ids[:length], 0)
+        prompt = add(first[:length], 0)
         for i in members:
-            start, stop = add(examples[i].input_ids[length:], length, prompt)
-            places[i] = np.concatenate([[prompt[1] - 1], np.arange(start, stop - 1)])
-    return _row(ids, positions, parts), places
+            completion = add(examples[i].input_ids[length:], length, (int(prompt[0]), int(prompt[-1]) + 1))
+            positions[i] = np.concatenate([prompt, completion])
+    return _row(ids, offsets, parts), positions
+
+
+_LAYOUTS = {"padded": _padded, "packed": _packed, "shared": _shared}
 
 
 def _row(ids: list[np.ndarray], positions: list[np.ndarray], parts: list[Segment]) -> Batch:
@@ -182,13 +203,14 @@ def _row(ids: list[np.ndarray], positions: list[np.ndarray], parts: list[Segment
 
 def layout_tokens(examples: Iterable[Example], layout: Layout) -> int:
     """Tokens that the model runs over when these examples are one batch of that layout."""
-    lengths = [(example.prompt_key, example.completion_start, len(example)) for example in examples]
+    examples = list(examples)
+    kept = [examples[i] for i in sorted(set(hosts(examples)))]
     if layout == "padded":
-        return len(lengths) * max(length for *_, length in lengths)
+        return len(kept) * max(map(len, kept))
     if layout == "packed":
-        return sum(length for *_, length in lengths)
-    prompts = {key: start for key, start, _ in lengths}
-    return sum(prompts.values()) + sum(length - start for _, start, length in lengths)
+        return sum(map(len, kept))
+    prompts = {example.prompt_key: example.completion_start for example in kept}
+    return sum(prompts.values()) + sum(len(example) - example.completion_start for example in kept)
 
 
 def mismatched_batch(batch: Mapping[str, Tensor]) -> Batch:

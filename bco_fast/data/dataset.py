@@ -22,6 +22,8 @@ class Example:
     label: bool
     weight: float
     score: float = math.nan
+    group: str = ""
+    """Equal for the judged turns of one chat, empty for other rows."""
 
     @property
     def completion_mask(self) -> np.ndarray:  # [T] bool
@@ -36,6 +38,11 @@ class Example:
     def prompt_key(self) -> bytes:
         """Equal for examples whose prompts are the same tokens, after truncation."""
         return self.input_ids[: self.completion_start].tobytes()
+
+    @property
+    def together(self) -> bytes | str:
+        """Equal for examples that should share a batch: turns of a chat, completions of a prompt."""
+        return self.group or self.prompt_key
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -4,6 +4,7 @@
     {"prompt": "What is 2 + 2?", "completion": "4", "score": 0.9}              score in [0, 1]
     {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}               a pair
     {"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}
+    {"messages": [{"role": "user", ...}, {"role": "assistant", ..., "label": true}, ...]}       a thumb on each turn, `turns`
 
 A prompt or completion is a string or chat messages. `weight` (>= 0, default 1) multiplies the row's cost, `tools` is
 passed to the chat template, `kto_tag` is the label where there is no `label`; other columns are ignored.
@@ -24,10 +25,23 @@ from typing import Literal
 
 from .chat import Message, as_tools, conversation
 from .sources import FeedbackError, RowError, as_record, one_line, open_source, shortened
+from .turns import split_turns
 
 logger = logging.getLogger("bco_fast")
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label", "kto_tag", "score", "weight", "tools")
+COLUMNS = (
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "messages",
+    "conversations",
+    "label",
+    "kto_tag",
+    "score",
+    "weight",
+    "tools",
+)
 
 Needs = Literal["labels", "scores", "rewards", "pairs"]
 """What an objective reads: label; score in [0, 1]; score of any scale; chosen and rejected."""
@@ -47,6 +61,8 @@ class FeedbackRow:
     """file:line, or row number."""
     score: float = math.nan
     tools: tuple[dict, ...] | None = None
+    group: str = ""
+    """Equal for the judged turns of one chat, empty for other rows."""
 
     @property
     def completion(self) -> str | Message:
@@ -54,8 +70,8 @@ class FeedbackRow:
 
     @property
     def prompt_text(self) -> str:
-        """The identity of the prompt: the string, or the messages as JSON."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+        """The identity of the prompt: the string, the messages as JSON, or the chat whose turn this is."""
+        return self.group or (self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True))
 
 
 class BadRows:
@@ -125,7 +141,8 @@ def read_rows(
         for where, record in stream.records:
             try:
                 record = _renamed(as_record(record), renamed, stream.columns)
-                rows.append(_row(record, where, needs, scale, stream.columns))
+                for turn, part in split_turns(record):
+                    rows.append(_row(part, where + turn, needs, scale, stream.columns))
             except RowError as error:
                 bad_rows.add(where, error)
     except OSError as error:
@@ -196,7 +213,7 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     score = _score(record["score"], needs, scale) if scored else math.nan
     label = True if pair else score > 0.5 if scored else label_of(record)
     tools = as_tools(record.get("tools")) if chat else None
-    return FeedbackRow(prompt, completions, label, weight_of(record), where, score, tools)
+    return FeedbackRow(prompt, completions, label, weight_of(record), where, score, tools, record.get("group", ""))
 
 
 def _score(score, needs: Needs, scale: tuple[float, float]) -> float:

@@ -144,23 +144,27 @@ def token_batches(
         layout: of the batches, which decides what a batch takes (`data.batch`).
     """
     batch: list[int] = []
-    longest = rows = total = 0
+    members: list[Example] = []
+    longest = total = 0
     prompts: set[bytes] = set()
     for index in order:
         sides = items[index]
-        if layout == "shared":
+        if sides[0].group:  # a turn may cost nothing beside a later one of its chat
+            size = layout_tokens([*members, *sides], layout)
+        elif layout == "shared":
             fresh = {side.prompt_key: side.completion_start for side in sides if side.prompt_key not in prompts}
             size = total + sum(fresh.values()) + sum(len(side) - side.completion_start for side in sides)
         elif layout == "packed":
             size = total + sum(map(len, sides))
         else:
-            size = max(longest, *map(len, sides)) * (rows + len(sides))
+            size = max(longest, *map(len, sides)) * (len(members) + len(sides))
         if batch and size > tokens_per_batch:
             yield batch
-            batch, longest, rows, prompts = [], 0, 0, set()
+            batch, members, longest, prompts = [], [], 0, set()
             size = layout_tokens(sides, layout)
         batch.append(index)
-        longest, rows, total = max(longest, *map(len, sides)), rows + len(sides), size
+        members += sides
+        longest, total = max(longest, *map(len, sides)), size
         prompts.update(side.prompt_key for side in sides)
     if batch:
         yield batch

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from .batch import hosts
 from .chat import ChatEncoder, Rendering
 from .dataset import Example, FeedbackDataset
 from .rows import BadRows, FeedbackRow, Needs, read_rows, unpair
@@ -135,8 +136,9 @@ def tokenize_rows(
             completions_cut += sum(map(len, sides)) < whole[1]
             for side, label in zip(sides, (row.label, False), strict=False):
                 ids = np.array([*prompt, *side], dtype=np.int32)
-                examples.append(Example(ids, len(prompt), label, row.weight, row.score))
+                examples.append(Example(ids, len(prompt), label, row.weight, row.score, row.group))
     bad_rows.settle(len(examples))
+    _log_turns(examples)
     report = {
         "rows": len(examples) // (1 + paired),
         "skipped": bad_rows.count,
@@ -150,6 +152,21 @@ def tokenize_rows(
         )  # fmt: skip
     encoder.warn()
     return FeedbackDataset(examples, report=report, paired=paired)
+
+
+def _log_turns(examples: Sequence[Example]) -> None:
+    """Say how many judged turns are computed together with a later one of their chat."""
+    chats: dict[str, list[Example]] = {}
+    for example in examples:
+        if example.group:
+            chats.setdefault(example.group, []).append(example)
+    if not chats:
+        return
+    turns = sum(map(len, chats.values()))
+    alone = sum(len(set(hosts(chat))) for chat in chats.values()) - len(chats)
+    logger.info("%d judged turns of %d chats, %d of them computed by themselves", turns, len(chats), alone)
+    if alone:
+        logger.info("(the template renders earlier turns differently, or max_length has cut them)")
 
 
 def _blocks(rows: Sequence[FeedbackRow], progress: bool) -> Iterator[Sequence[FeedbackRow]]:

@@ -16,7 +16,7 @@ GPU_COLUMNS = 4096
 # sm_90, and Triton would load single numbers. 512 columns also make whole waves of cuBLAS's tiles.
 GPU_STEP = 512
 # Without a gradient of the weight, tall tiles only repeat the traffic of sums [N, D]: 2048 rows x 16384 columns pass over
-# them a quarter as often as 8192 x 5120. A row of 16384 is what a program of the row kernel holds in registers.
+# them a third as often as 8192 x 5120.
 GPU_ROWS, GPU_MOST_COLUMNS = 2048, 16384
 
 
@@ -47,6 +47,7 @@ def tile_shape(
     sums: bool,
     adds_in_place: bool,
     step: int = 1,
+    most_columns: int = GPU_MOST_COLUMNS,
 ) -> tuple[int, int]:
     """Rows and columns of a tile; columns are a multiple of `step`. Fits from `smallest_workspace` on.
 
@@ -55,6 +56,7 @@ def tile_shape(
         product: a product [rows, D] is added to a running sum.
         sums: a product [columns, D] is written, and added to once the rows are cut.
         adds_in_place: such additions take no memory.
+        most_columns: on a GPU, with a product and no sums.
     """
     (n, d), v = hidden.shape, len(weight)
     item, given = accumulator_dtype(hidden.dtype).itemsize, hidden.dtype.itemsize
@@ -70,7 +72,7 @@ def tile_shape(
         rows = min(n, GPU_ROWS) if product and not sums else n
         logit += given * (given < item and (product or sums))
         columns = max(GPU_COLUMNS, int(workspace_bytes / (logit * rows)) // unit * unit)
-        columns = min(columns, GPU_MOST_COLUMNS) if product and not sums else columns
+        columns = min(columns, most_columns) if product and not sums else columns
         row, cut = row * (not adds_in_place), cut * (1 if adds_in_place else 2)
     columns = -(-min(columns, v) // unit) * unit
 

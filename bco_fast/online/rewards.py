@@ -226,7 +226,7 @@ def _load(path: str, tokenizer):
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise RewardError(f"{path} is not a reward model: its checkpoint has no {missing}")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return model.to(device), tokenizer
 
 

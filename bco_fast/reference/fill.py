@@ -134,15 +134,15 @@ def _compute(
     layout: Layout,
     lockstep: bool,
 ) -> int:
-    # Rows of one prompt together, so that a batch can share it; prompts with the longest row first, so that rows of like
+    # Rows of one prompt or chat together, so that a batch can share it; those with the longest row first, so that rows of like
     # length share a batch and memory peaks in the first one. Keys break ties: the order of the file does not matter.
-    longest: dict[bytes, int] = {}
+    longest: dict[bytes | str, int] = {}
     for example in missing.values():
-        longest[example.prompt_key] = max(longest.get(example.prompt_key, 0), len(example))
+        longest[example.together] = max(longest.get(example.together, 0), len(example))
 
     def place(key: bytes) -> tuple:
-        prompt = missing[key].prompt_key
-        return -longest[prompt], prompt, -len(missing[key]), key
+        group = missing[key].together
+        return -longest[group], str(group), -len(missing[key]), key
 
     order = sorted(missing, key=place)
     total = sum(map(len, missing.values()))

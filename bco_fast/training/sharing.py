@@ -75,7 +75,7 @@ def _reason_not_to(model: nn.Module, args: FeedbackConfig, dataset: FeedbackData
 def _batches(dataset: FeedbackDataset, args: FeedbackConfig) -> Iterator[Sequence[Example]]:
     """Micro-batches as training with shared prompts would cut them."""
     sides = dataset.sides
-    order = list(GroupedSampler([item[0].prompt_key for item in sides], args.data_seed))
+    order = list(GroupedSampler([item[0].together for item in sides], args.data_seed))
     if args.tokens_per_batch is not None:
         batches = token_batches(sides, order, args.tokens_per_batch, layout="shared")
     else:

@@ -164,8 +164,8 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_composition == "stratified" and dataset is not None:
             return StratifiedSampler([example.label for example in dataset.examples], self.args.data_seed)
-        if self.layout == "shared" and dataset is not None:
-            return GroupedSampler([sides[0].prompt_key for sides in dataset.sides], self.args.data_seed)
+        if dataset is not None and (self.layout == "shared" or any(example.group for example in dataset.examples)):
+            return GroupedSampler([sides[0].together for sides in dataset.sides], self.args.data_seed)
         return super()._get_train_sampler(train_dataset)
 
     # ---- one optimizer step

@@ -5,6 +5,7 @@ Run without TRITON_INTERPRET; no GPU is needed:
     python tests/head/compile_kernels.py 80 90 | markdown | amd
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from bco_fast.kernels import configs
-from bco_fast.kernels.fold_logits import fold_logits_kernel
+from bco_fast.kernels.fold_logits import fold_logits_kernel, rescale_rows_kernel
 from bco_fast.kernels.head_backward import dlogits_kernel
 from bco_fast.kernels.head_logps import head_logps_kernel, merge_splits_kernel
 from bco_fast.kernels.sparse_backward import (
@@ -60,15 +61,14 @@ def cases():
             HEAD | _flags(True, "BIAS SOFTCAP GRAD_ENTROPY") | blocks,
             config,
         )
-    for dtype in ("bf16", "fp16", "fp32"):
-        for extras in (False, True):
-            config = configs.FOLD_LOGITS
-            integers = "N V FIRST C STATE stride_tn stride_on stride_mn"
-            types = _types(dtype, "bias out", fp32="tile state mass", integers=integers)
-            blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v}
-            flags = _flags(extras, "BIAS SOFTCAP ENTROPY MASS OUT")
-            name = f"fold_logits {dtype}{' bias softcap entropy mass out' if extras else ''}"
-            yield name, fold_logits_kernel, types, HEAD | flags | blocks, config
+    folds = ("", "OUT", "BIAS SOFTCAP ENTROPY OUT", "BIAS SOFTCAP ENTROPY MASS")
+    for dtype, wanted in itertools.product(("bf16", "fp16", "fp32"), folds):
+        config = configs.fold_logits(16384, extras="BIAS" in wanted, out="OUT" in wanted)
+        integers = "N V FIRST C STATE stride_tn stride_on stride_mn"
+        types = _types(dtype, "bias out", fp32="tile state mass", integers=integers)
+        blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "WIDTH": 256}
+        flags = _flags(False, "BIAS SOFTCAP ENTROPY MASS OUT") | _flags(True, wanted)
+        yield f"fold_logits {dtype} {wanted.lower()}".strip(), fold_logits_kernel, types, HEAD | flags | blocks, config
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         low = itemsize == 2
         gathered = (
@@ -90,6 +90,9 @@ def cases():
             constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
             suffix = " bias softcap" if extras and name == "dlogits" else ""
             yield f"gathered_{name} {dtype}{suffix}", kernel, types, constants, config
+    config = configs.RESCALE_ROWS
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    yield "rescale_rows", rescale_rows_kernel, _types("fp32", "", fp32="sums shrink", integers="N D"), blocks, config
     config = configs.ADD_PRODUCTS
     types = _types("fp32", "product", fp32="d_hidden", integers="D")
     yield "add_products", add_products_kernel, types, {"BLOCK_D": config.block_d}, config

@@ -23,13 +23,13 @@ WALK, LAUNCH = "bco_fast/head/backends/walk.py", "bco_fast/head/backends/triton.
 TILING, GATHERED = "bco_fast/head/tiling.py", "bco_fast/head/sparse/torch.py"
 
 MUTANTS = {
-    "vocabulary mask dropped": (TILES, 'b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))', "b_z = b_z"),
-    "vocabulary mask off by one": (TILES, "tl.where((o_v < V)[None, :], b_z", "tl.where((o_v <= V)[None, :], b_z"),
+    "vocabulary mask dropped": (TILES, 'b_z = tl.where(o_v < V, b_z, float("-inf"))', "b_z = b_z"),
+    "vocabulary mask off by one": (TILES, "tl.where(o_v < V, b_z", "tl.where(o_v <= V, b_z"),
     "last block of D skipped": (TILES, "for start in range(0, D, BLOCK_D):", "for start in range(0, D - BLOCK_D + 1, BLOCK_D):"),
     "mask of D dropped": (TILES, "m_d = o_d < D - start", "m_d = o_d < D"),
     "accumulator restarted": (TILES, "tl.dot(b_hidden, b_weight, b_acc,", "tl.dot(b_hidden, b_weight, b_acc * 0,"),
     "strides swapped": (TILES, "o_hidden = o_n[:, None] * stride_hn", "o_hidden = o_n[:, None] * stride_wv"),
-    "bias after the scale": (TILES, "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :]", "b_z += tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0).to(b_z.dtype)[None, :] / LOGIT_SCALE"),
+    "bias after the scale": (TILES, "other=0.0).to(b_z.dtype)\n", "other=0.0).to(b_z.dtype) / LOGIT_SCALE\n"),
     "temperature forgotten": (TILES, "b_z = b_z * (1.0 / TEMPERATURE)", "b_z = b_z * 1.0"),
     "derivative of the softcap is 1": (TILES, "return value, 4.0 * e / ((1.0 + e) * (1.0 + e))", "return value, 0.0 * e + 1.0"),
     "half-precision accumulator": (TILES, "    return b_acc\n", "    return b_acc.to(tl.float16).to(ACC)\n"),
@@ -39,8 +39,8 @@ MUTANTS = {
     "entropy sum not moved": (HEAD, "b_u = b_shrink * (b_u + moved * b_sum)", "b_u = b_shrink * b_u"),
     "splits not rescaled": (HEAD, "b_sum += b_part_sum * b_shrink", "b_sum += b_part_sum"),
     "foreign target not NaN": (HEAD, 'b_logp = tl.where((b_target >= 0) & (b_target < V), b_logp, float("nan"))', "b_logp = b_logp"),
-    "fold keeps the old maximum": (FOLD, "b_shrink = guarded_exp(b_old, b_max)", "b_shrink = guarded_exp(b_old, b_old)"),
-    "fold leaves the target in": (FOLD, "b_out = tl.where(m_y, 0.0, b_e * b_softcap_grad)", "b_out = b_e * b_softcap_grad"),
+    "fold keeps the old maximum": (FOLD, "b_shrink = guarded_exp(b_max, b_new)", "b_shrink = guarded_exp(b_max, b_max)"),
+    "fold leaves the target in": (FOLD, "b_e = tl.where(m_y, 0.0, b_e)", "b_e = b_e"),
     "gradient of the target dropped": (BACK, "return b_z, b_p, tl.where(m_y, one_minus_exp(b_logp_y), -b_p) * b_c", "return b_z, b_p, -b_p * b_c"),
     "sign of the target's gradient": (BACK, "tl.where(m_y, one_minus_exp(b_logp_y), -b_p)", "tl.where(m_y, -one_minus_exp(b_logp_y), -b_p)"),
     "maximum from this tile": (BACK, "b_z = tl.where(o_v[None, :] == b_argmax, b_max, b_z)", "b_z = b_z"),

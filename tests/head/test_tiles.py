@@ -1,13 +1,20 @@
 """Tiles as a GPU gets them, counted on the meta device: whole numbers, aligned rows, memory within the promise."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 from test_logps import PeakBytes, _bytes
 
+from bco_fast.head.backends import launching, walk
 from bco_fast.head.backends import torch as chunked
-from bco_fast.head.backends import walk
+from bco_fast.head.backends import triton as triton_backend
+from bco_fast.head.backends.triton import splits
+from bco_fast.head.sparse import triton as sparse_triton
 from bco_fast.head.tiling import smallest_workspace, tile_shape
 from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
+from bco_fast.kernels import configs
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +105,41 @@ def test_a_gradient_of_float32_master_weights_is_never_rounded():
         chunked.backward(statistics[0], None, saved, HeadNeed(True, True, False), 1 << 20)
     assert (torch.bfloat16, torch.float32) in written
     assert (torch.bfloat16, None) not in written
+
+
+@pytest.mark.parametrize("processors", [108, 132, 142], ids=["A100", "H100", "L40S"])
+@pytest.mark.parametrize("v", [32000, 50257, 128256, 262144])
+@pytest.mark.parametrize("n", [256, 1000, 8192, 32768])
+def test_vocabulary_ranges_fill_the_multiprocessors(processors, v, n):
+    """Waves x the length of a range, in blocks, against an even share of the blocks."""
+    rows, columns = -(-n // 128), -(-v // 128)
+    count = splits(rows, columns, processors, most=1 << 20)
+    waves = -(-rows * count // processors)
+    assert -(-rows * columns // processors) / (waves * -(-columns // count)) >= 0.9
+    assert 1 <= splits(rows, columns, processors, most=0) <= splits(rows, columns, processors, most=3) <= 3
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """A model spread over GPUs has its head on one that need not be the current one."""
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        arg_names = ("N", "BLOCK_N")
+
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append((list(current), arguments))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    other = torch.device("cuda", 1)
+    launching.launch(Kernel(), (1,), configs.MERGE_SPLITS, other, N=3)
+    launching.launch(Kernel(), (1,), configs.MERGE_SPLITS, torch.device("cpu"), N=3)
+    arguments = {"N": 3, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1}
+    assert launched == [([other], arguments), ([], arguments)]
+    sources = [Path(module.__file__).read_text() for module in (launching, triton_backend, sparse_triton)]
+    assert sum(source.count("_kernel[") + source.count("kernel[grid]") for source in sources) == 1, "one place launches"

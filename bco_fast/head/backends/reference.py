@@ -18,7 +18,10 @@ def linear_logps(inputs: HeadInputs, keep: Tensor | None) -> tuple[Tensor, Tenso
     if keep is None:
         keep = torch.ones_like(targets, dtype=torch.bool)
     hidden64 = torch.where(keep[:, None], hidden, 0.0).double()  # padding may hold anything, NaN too
-    logits = hidden64 @ weight.to(hidden.dtype).double().T  # [N, V]
+    weight64 = weight.double()
+    if weight.dtype != hidden.dtype:  # under autocast: rounded, but not its gradient
+        weight64 = weight64 + (weight.to(hidden.dtype).double() - weight64).detach()
+    logits = hidden64 @ weight64.T  # [N, V]
     if bias is not None:
         logits = logits + bias.double()
     logits = logits * spec.logit_scale

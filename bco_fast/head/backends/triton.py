@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ...kernels import configs
-from ...kernels.fold_logits import fold_logits_kernel
+from ...kernels.fold_logits import fold_logits_kernel, rescale_rows_kernel
 from ...kernels.head_backward import dlogits_kernel
 from ...kernels.head_logps import head_logps_kernel, merge_splits_kernel
 from ..tiling import accumulator_dtype
@@ -53,14 +53,22 @@ def forward(
         method = configs.forward_method(_capability(hidden.device), hidden.dtype.itemsize, hidden.shape[1])
     if method == "fused" and not want.frozen and weight.dtype == hidden.dtype:  # the walk casts a weight by chunks
         return _forward_fused(inputs, want, workspace_bytes)
-    width = here(configs.FOLD_LOGITS).block_v
-    seen = Statistics(inputs, want, width)
-    out = walk.forward(seen, functools.partial(_fold, seen), _rescale, tiles=1, workspace_bytes=workspace_bytes)
-    return out._replace(mass=_group_masses(out.mass, width)) if want.mass else out
+    seen = Statistics(inputs, want, MASS_TILE)
+    return walk.forward(
+        seen, functools.partial(_fold, seen), _rescale, tiles=1, workspace_bytes=workspace_bytes,
+        most_columns=configs.fold_most_columns(extras=_extras(inputs, want), out=want.frozen),
+    )  # fmt: skip
+
+
+def _extras(inputs: HeadInputs, want: HeadWant) -> bool:
+    """Whether a kernel needs registers for more than the logits and their exponentials."""
+    return want.entropy or want.mass or inputs.bias is not None or inputs.spec.softcap is not None
 
 
 def _rescale(sums: Tensor, shrink: Tensor) -> None:
-    sums *= shrink[:, None]
+    config, (n, d) = here(configs.RESCALE_ROWS), sums.shape
+    grid = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)
+    launch(rescale_rows_kernel, grid, config, sums.device, sums_ptr=sums, shrink_ptr=shrink, N=n, D=d)
 
 
 def _group_masses(shares: Tensor, width: int) -> Tensor:
@@ -69,12 +77,19 @@ def _group_masses(shares: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(shares, (0, -shares.shape[1] % group)).view(len(shares), -1, group).sum(-1)
 
 
-def _splits(row_blocks: int, column_blocks: int, device: torch.device, most: int) -> int:
-    """Vocabulary ranges: about four programs for every multiprocessor, but at most `most` ranges."""
-    if device.type == "cpu":
-        return max(1, min(2, column_blocks, most))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(column_blocks, triton.cdiv(4 * processors, row_blocks), 65535, most))
+def splits(row_blocks: int, column_blocks: int, processors: int, most: int) -> int:
+    """Vocabulary ranges of the fused forward, at most `most`: the number with the shortest run.
+
+    A program fills a multiprocessor, so programs run in waves, each as long as its range. At least two waves hide a
+    program's start; a tie goes to fewer ranges, whose statistics are fewer.
+    """
+    most = max(min(most, column_blocks, 65535), 1)
+    fewest = min(max(triton.cdiv(2 * processors, row_blocks), 1), most)
+
+    def length(count: int) -> int:
+        return triton.cdiv(row_blocks * count, processors) * triton.cdiv(column_blocks, count)
+
+    return min(range(fewest, min(4 * fewest, most) + 1), key=length)
 
 
 def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> HeadForward:
@@ -82,19 +97,19 @@ def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> 
     (n, d), v, device = hidden.shape, len(weight), hidden.device
     entropy, mass = want.entropy, want.mass
     dtype = accumulator_dtype(hidden.dtype)
-    extras = entropy or mass or bias is not None or spec.softcap is not None
-    config = here(configs.head_logps(hidden.dtype.itemsize, extras=extras))
+    config = here(configs.head_logps(hidden.dtype.itemsize, extras=_extras(inputs, want)))
     row_blocks, column_blocks = triton.cdiv(n, config.block_n), triton.cdiv(v, config.block_v)
-    splits = _splits(row_blocks, column_blocks, device, most=workspace_bytes // (n * (4 * dtype.itemsize + 4)))
-    split = triton.cdiv(column_blocks, splits) * config.block_v
-    splits = triton.cdiv(v, split)
-    part = hidden.new_empty((splits, 4, n), dtype=dtype)
-    part_argmax = targets.new_empty((splits, n), dtype=torch.int32)
+    processors = 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    most = workspace_bytes // (n * (4 * dtype.itemsize + 4))
+    split = triton.cdiv(column_blocks, splits(row_blocks, column_blocks, processors, most)) * config.block_v
+    ranges = triton.cdiv(v, split)
+    part = hidden.new_empty((ranges, 4, n), dtype=dtype)
+    part_argmax = targets.new_empty((ranges, n), dtype=torch.int32)
     masses = hidden.new_empty((n, column_blocks), dtype=dtype) if mass else None
     flags = {"HAS_ENTROPY": entropy, "ACC": TRITON_DTYPE[dtype]}
     parts = {"part_ptr": part, "part_argmax_ptr": part_argmax, "target_ptr": targets, "N": n, "V": v}
     launch(
-        head_logps_kernel, (row_blocks, splits), config, device,
+        head_logps_kernel, (row_blocks, ranges), config, device,
         hidden_ptr=hidden, weight_ptr=weight, mass_ptr=masses, D=d, SPLIT=split,
         stride_hn=hidden.stride(0), stride_wv=weight.stride(0), stride_mn=column_blocks,
         HAS_MASS=mass, UPCAST=INTERPRETED, **parts, **flags, **constants(spec, bias),
@@ -104,7 +119,7 @@ def _forward_fused(inputs: HeadInputs, want: HeadWant, workspace_bytes: int) -> 
     launch(
         merge_splits_kernel, (triton.cdiv(n, merge.block_n),), merge, device,
         logp_ptr=logps, row_max_ptr=row_max, row_sum_ptr=row_sum, logit_ptr=logits, entropy_ptr=h, argmax_ptr=argmax,
-        S=splits, **parts, **flags,
+        S=ranges, **parts, **flags,
     )  # fmt: skip
     if mass:
         masses = _group_masses(masses.sub_((row_max + row_sum.log())[:, None]).exp_(), config.block_v)
@@ -120,8 +135,10 @@ def _fold(
     memory: Memory,
 ) -> Tensor | None:
     _, weight, targets, bias, spec = seen.inputs
-    config = here(configs.FOLD_LOGITS)
     r, c = tile.shape
+    config = configs.fold_logits(c, extras=_extras(seen.inputs, seen.want), out=out is not None)
+    if INTERPRETED:  # whose tiles are not cut to what a GPU holds
+        config = configs.INTERPRETED._replace(block_v=max(triton.next_power_of_2(c), MASS_TILE))
     state, mass = seen.state[:, rows], None if seen.mass is None else seen.mass[rows]
     launch(
         fold_logits_kernel, (triton.cdiv(r, config.block_n),), config, tile.device,
@@ -129,7 +146,7 @@ def _fold(
         mass_ptr=mass, out_ptr=out,
         N=r, V=len(weight), FIRST=columns.start, C=c, STATE=state.stride(0), stride_tn=tile.stride(0),
         stride_on=0 if out is None else out.stride(0), stride_mn=0 if mass is None else mass.stride(0),
-        HAS_ENTROPY=seen.want.entropy, HAS_MASS=mass is not None, HAS_OUT=out is not None, **constants(spec, bias),
+        WIDTH=MASS_TILE, HAS_ENTROPY=seen.want.entropy, HAS_MASS=mass is not None, HAS_OUT=out is not None, **constants(spec, bias),
     )  # fmt: skip
     return out
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tiling import accumulator_dtype, slices, tile_shape
+from ..tiling import GPU_MOST_COLUMNS, accumulator_dtype, slices, tile_shape
 from ..types import Grads, HeadForward, HeadInputs, HeadNeed, HeadSaved, HeadWant
 from .products import add_matmul, adds_in_place, matmul, operand, uses_onednn, writes_into
 
@@ -68,17 +68,19 @@ def forward(
     *,
     tiles: float,
     workspace_bytes: int,
+    most_columns: int = GPU_MOST_COLUMNS,
 ) -> HeadForward:
     """`fold(z, out, rows, columns, memory)` adds a tile z [R, C] of hidden @ weight.T to the statistics.
 
     With a frozen head it returns e^(z - max) f, 0 at the target, in out or another tensor of its dtype; f is the
-    derivative of the softcap, or 1. `rescale(sums, shrink)` multiplies the rows of sums [R, D] by shrink [R].
+    derivative of the softcap, or 1. On a GPU such a tile has at most `most_columns`. `rescale(sums, shrink)` multiplies the rows of sums [R, D] by shrink [R].
     """
     (hidden, weight, targets, _, _), want = seen.inputs, seen.want
     n, v, frozen = len(hidden), len(weight), want.frozen
     tile_rows, tile_columns = tile_shape(
         hidden, weight, workspace_bytes, tiles=tiles, product=frozen, sums=False,
         adds_in_place=not frozen or adds_in_place(hidden.device, hidden.dtype), step=seen.mass_width if want.mass else 1,
+        most_columns=most_columns,
     )  # fmt: skip
     weight_sum = hidden.new_zeros(hidden.shape, dtype=seen.state.dtype) if frozen else None
     rows_of, memory = operand(hidden, hidden.dtype), Memory(hidden, tile_columns)
