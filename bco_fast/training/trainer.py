@@ -99,8 +99,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             **kwargs,
         )
         check_processes(args)
-        self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        """The model is on its devices only once the Trainer has prepared it for training."""
+        self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # on its devices once training is prepared
         self.loss_is_scaled_for_ga = True  # `compute_loss` returns a part of the step's loss, not a mean
         self.model_accepts_loss_kwargs = False
         self.label_names = ["label"]
@@ -144,10 +143,9 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         return source
 
     def get_eval_dataloader(self, eval_dataset=None):
-        given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if given:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._dataset(eval_dataset, self.args, self.processing_class)
-        dataset = eval_dataset if given else self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.objective.reference and isinstance(dataset, FeedbackDataset) and not dataset.has_reference:
             raise ValueError(
                 "eval_dataset has no reference log-probabilities: pass it to the constructor, where the reference model is "
