@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_fast import FeedbackConfig, FeedbackTrainer
 from bco_fast.data.dataset import Example, FeedbackDataset
-from bco_fast.training import trainer as module
+from bco_fast.training.references import Reference
 
 # (prompt tokens, completions of a prompt, completion tokens, prompts of a micro-batch)
 SHAPES = {
@@ -74,15 +74,15 @@ def worker(shape: str, share: str, steps: int) -> dict:
             report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-6,
         )  # fmt: skip
         filling: list[float] = []
-        attach = module.attach_reference
+        fill = Reference.fill
 
-        def timed_attach(*args):
+        def timed_fill(*args):
             start = time.process_time()
-            report = attach(*args)
+            report = fill(*args)
             filling.append(time.process_time() - start)
             return report
 
-        module.attach_reference = timed_attach
+        Reference.fill = timed_fill
         trainer = FeedbackTrainer(build_model(), config, data, processing_class=_Tokenizer())
         seconds, before = [], peak_rss()
         real = trainer.training_step

@@ -94,7 +94,8 @@ def _run(arguments: list[str]) -> int:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
-        print(f"bco-fast: error: {with_dashes(str(error))}", file=sys.stderr)
+        if not error.of_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"bco-fast: error: {with_dashes(str(error))}", file=sys.stderr)
         return error.exit_code
     if summary is not None:
         print(json.dumps(json_numbers(summary)), flush=True)

@@ -92,8 +92,18 @@ def build(arguments: list[str]) -> None:
         default="bco",
         help="objective that will train: it decides which columns are read and whether kto's mismatched rows are computed",
     )
+    parser.add_argument(
+        "--shard",
+        default="1/1",
+        metavar="I/N",
+        help="compute part I of N; the parts of several machines are merged by copying their files into one folder",
+    )
     add_fields(parser, FeedbackConfig, _AS_TRAIN)
     options = parser.parse_args(arguments)
+    numbers = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    part, parts = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= part <= parts:
+        raise UsageError(f"--shard {options.shard}: must be I/N with I from 1 to N")
     options.bf16, options.fp16 = options.autocast == "bf16", options.autocast == "fp16"
     objective = OBJECTIVES[options.loss_type]
     if not objective.reference:
@@ -112,6 +122,7 @@ def build(arguments: list[str]) -> None:
         examples = dataset.examples
         if objective.mismatched:
             examples = examples + mismatched(dataset, **limits).examples
+        examples = sorted(examples, key=lambda example: example.key)[part - 1 :: parts]
         patch_model(model)
     device = accelerator()
     model.to(device)

@@ -24,6 +24,8 @@ class UsageError(Exception):
     """An error that the user can fix; printed as one line, exit code 2."""
 
     exit_code = 2
+    of_all_ranks = False
+    """Every rank raises it, so that rank 0 alone prints it."""
 
 
 class DivergedError(UsageError):
@@ -65,7 +67,9 @@ def usage_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
             raise
         # some libraries list everything they know
         reason = write_failure(error) if isinstance(error, OSError) else None
-        raise UsageError(f"{prefix}{reason or one_line(error)[:600] or type(error).__name__}") from None
+        refused = UsageError(f"{prefix}{reason or one_line(error)[:600] or type(error).__name__}")
+        refused.of_all_ranks = getattr(error, "of_all_ranks", False)
+        raise refused from None
 
 
 def with_dashes(message: str) -> str:

@@ -177,7 +177,7 @@ def how_to_continue(output_dir: str) -> str:
 
     whole = next((folder for folder in candidates(True, output_dir) if (folder / MANIFEST).is_file()), None)
     if whole is None:
-        return f"start again: {output_dir} has no whole checkpoint"
+        return f"start again with --overwrite_output_dir true: {output_dir} has no whole checkpoint"
     return f"continue from {whole} with --resume_from_checkpoint true"
 
 

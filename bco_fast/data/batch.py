@@ -19,6 +19,7 @@
     counts                 [3] int64: thumbs up, thumbs down, completion tokens of thumbs up; of pairs: pairs, 0, tokens of
                            the chosen completions
     kl_...                 the same form for KTO's mismatched completions
+    placeholder            True in a batch that counts for nothing; otherwise absent
 
 Shared batches hold every prompt once, however many of its completions are in the batch: prompt, y1, y2, next prompt, ...
 In every layout, a judged turn of a chat is computed within a later turn of the same chat that begins with its tokens.
@@ -95,6 +96,12 @@ def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *,
         kl["ref_logps"] = torch.tensor([other.ref_logps for other in others], dtype=torch.float32)
         batch |= {f"kl_{name}": value for name, value in kl.items()}
     return batch
+
+
+def placeholder(batch: Batch) -> Batch:
+    """A batch that counts for nothing, for a rank without rows: it runs forward and backward, and adds zeros."""
+    nothing = {name: torch.zeros_like(batch[name]) for name in ("weight", "counts") if name in batch}
+    return batch | nothing | {"placeholder": True}
 
 
 def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, layout: Layout = "padded") -> Batch:

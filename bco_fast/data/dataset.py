@@ -74,6 +74,11 @@ class FeedbackDataset(torch.utils.data.Dataset):
     mismatched: FeedbackDataset | None = None
     """As many examples again, each prompt with another prompt's completion."""
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference log-probability of every row is known."""
+        return self.ref_logps is not None and not np.isnan(self.ref_logps).any()
+
     def __len__(self) -> int:
         return len(self.examples) // 2 if self.paired else len(self.examples)
 

@@ -174,8 +174,7 @@ class TokenBudgetSampler(torch.utils.data.Sampler):
     """Batches of dataset indices whose tokens stay within a budget (`token_batches`).
 
     `order` is cut into batches once, so every epoch has the same number of them and a run can be resumed. Later epochs
-    shuffle the batches by (seed, epoch). The first batches are repeated at the end until the number is a multiple of
-    `ranks`, because every rank must take as many.
+    shuffle the batches by (seed, epoch).
 
     Args:
         items, order, tokens_per_batch, layout: see `token_batches`.
@@ -189,11 +188,9 @@ class TokenBudgetSampler(torch.utils.data.Sampler):
         *,
         layout: Layout = "padded",
         seed: int = 0,
-        ranks: int = 1,
     ):
         self.seed, self.epoch = seed, 0
         self.batches = list(token_batches(items, order, tokens_per_batch, layout=layout))
-        self.batches += self.batches[: -len(self.batches) % ranks]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -206,3 +203,37 @@ class TokenBudgetSampler(torch.utils.data.Sampler):
         if self.epoch:  # the first epoch keeps the order it was given
             random.Random(f"{self.seed}/{self.epoch}").shuffle(batches)  # noqa: S311 - an order of rows, not a secret
         yield from batches
+
+
+class RankBatches(torch.utils.data.Sampler):
+    """One rank's share of a sequence of batches: batch i belongs to rank i % ranks.
+
+    All ranks yield equally many. A rank for which no batch is left at the end yields an empty one, of which the trainer
+    makes a batch that counts for nothing (`data.batch.placeholder`). So no row is repeated, and rows are the same on any
+    number of ranks. accelerate's own sharding repeats rows instead, and does not pass `set_epoch` on.
+
+    Args:
+        batches: a batch sampler; it yields the same on every rank.
+        drop_last: leave out the last batches if they are too few for all ranks.
+    """
+
+    def __init__(self, batches, rank: int, ranks: int, *, drop_last: bool = False):
+        self.batches, self.rank, self.ranks, self.drop_last = batches, rank, ranks, drop_last
+
+    def __len__(self) -> int:
+        return (len(self.batches) if self.drop_last else len(self.batches) + self.ranks - 1) // self.ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in (self.batches, getattr(self.batches, "sampler", None)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        turn: list[list[int]] = []
+        for batch in self.batches:
+            turn.append(batch)
+            if len(turn) == self.ranks:
+                yield turn[self.rank]
+                turn = []
+        if turn and not self.drop_last:
+            yield turn[self.rank] if self.rank < len(turn) else []

@@ -7,7 +7,6 @@ d hidden; the gradient of a shard stays on its rank.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,16 @@ from .tiling import accumulator_dtype
 from .types import HeadInputs, HeadNeed, HeadOptions, HeadSaved, HeadSpec, HeadWant
 
 
-@functools.cache
-def _shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[int, int]:
-    """(first vocabulary id of this rank, size of the whole vocabulary). Found once for each group and shard size."""
+def _shard(group: dist.ProcessGroup, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(first vocabulary id of this rank, size of the whole vocabulary), 0-d int64 on the device: nothing waits for them.
+
+    Every call asks the other ranks. A result kept from an earlier call would leave out a rank whose shard is as large as
+    before, while one whose shard has changed waits for it.
+    """
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([rows], device=device), group=group)
-    counts = [int(size) for size in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+    counts = torch.cat(sizes)
+    return counts[: dist.get_rank(group)].sum(), counts.sum()
 
 
 def _join(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -95,7 +95,7 @@ def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
         return None
     asked = {"targets": kwargs.pop(TARGETS), "rows": kwargs.pop(ROWS, None), "entropy": kwargs.pop(ENTROPY, False)}
     for linear in _linears(model):
-        if type(linear) is not _LogpLinear:
+        if not isinstance(linear, _LogpLinear):  # FSDP2 makes a subclass of its class
             raise TypeError(_refusal(model, linear))
         vars(linear.bco_fast).update(asked)
         for switch in linear.bco_fast.switches:
@@ -105,7 +105,7 @@ def _set_targets(model: nn.Module, args: tuple, kwargs: dict):
 
 def _clear_targets(model: nn.Module, args: tuple, output) -> None:
     for linear in _linears(model):
-        if type(linear) is _LogpLinear and linear.bco_fast.targets is not None:
+        if isinstance(linear, _LogpLinear) and linear.bco_fast.targets is not None:
             vars(linear.bco_fast).update(targets=None, rows=None, entropy=False)
             for switch in linear.bco_fast.switches:
                 setattr(switch.owner, switch.name, switch.value)

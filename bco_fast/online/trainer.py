@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -28,6 +27,7 @@ from ..data.prompts import is_chat, prompt_ids, read_prompts
 from ..data.samplers import mismatched
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
+from ..reference.ranks import gather_objects
 from ..training.sharing import choose_layout
 from ..training.step import Step
 from ..training.trainer import FeedbackTrainer
@@ -103,6 +103,10 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             super().__init__(model, args, processing_class=processing_class, ref_model=ref_model, **kwargs)
         finally:
             args.eval_strategy = strategy
+        if self.sharded:
+            raise ValueError(
+                "online training samples from the whole model on every rank, which FSDP and DeepSpeed do not keep: use DDP"
+            )
         self.reward, self.tokenizer = reward, self.processing_class
         self.prompts = self._tokenized(read_prompts(prompts))
         self.eval_prompts = None if eval_prompts is None else self._tokenized(read_prompts(eval_prompts))
@@ -122,6 +126,7 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         )  # fmt: skip
         self._round: tuple[int, FeedbackDataset] | None = None
         self._resident = self._resident_reference(ref_model)
+        self._same_judge = False  # found so by the first round
         self.generator = generator or self._new_generator()
 
     def _expected_round(self) -> FeedbackDataset:
@@ -266,24 +271,43 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             )
             for (row, ids), tokens in zip(mine, completions, strict=True)
         ]
-        if ranks == 1:
-            return made
-        shares: list = [None] * ranks
-        dist.all_gather_object(shares, made)
         whole: list = [None] * len(prompts)
-        for other, share in enumerate(shares):
+        for other, share in enumerate(gather_objects(made)):
             whole[other::ranks] = share
         return whole
 
     def _rewarded(self, sampled: list[Sampled]) -> list[Sampled]:
+        """Every rank judges its share, whose completions of one prompt stay together; all of them get all rewards."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        begin, end = (len(sampled) * part // ranks for part in (rank, rank + 1))
+        values, probe, problem = [], None, None
+        try:
+            if ranks > 1 and not self._same_judge:
+                probe = self._judge(sampled[:1])[0]
+            values = self._judge(sampled[begin:end])
+        except RewardError as error:
+            problem = error
+        said = gather_objects((values, probe, None if problem is None else str(problem)))
+        for other, (_, first, text) in enumerate(said):
+            if text is not None:
+                raise RewardError(text if ranks == 1 else f"rank {other}: {text}") from problem
+            if not math.isclose(first or 0.0, said[0][1] or 0.0, rel_tol=1e-3, abs_tol=1e-6):
+                raise RewardError(
+                    f"the judge of rank {other} gives {first} where that of rank 0 gives {said[0][1]}, for the same "
+                    "completion: all ranks need the same judge, without randomness."
+                )
+        self._same_judge = True
+        rewards = [value for values, *_ in said for value in values]
+        return [replace(row, reward=float(value)) for row, value in zip(sampled, rewards, strict=True)]
+
+    def _judge(self, sampled: list[Sampled]) -> list[float]:
         names = sorted({name for row in sampled for name in row.columns})
         columns = {name: [row.columns.get(name) for row in sampled] for name in names}
         completions = [
             [{"role": "assistant", "content": row.completion}] if is_chat(row.prompt) else row.completion
             for row in sampled
         ]
-        values = score(self.reward, [row.prompt for row in sampled], completions, **columns)
-        return [replace(row, reward=float(value)) for row, value in zip(sampled, values, strict=True)]
+        return score(self.reward, [row.prompt for row in sampled], completions, **columns)
 
     def _scores(self, rewards: list[float]) -> list[float]:
         """What the objective fits: rewards as they are, or in [0, 1] for una_score."""
@@ -333,15 +357,20 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
 
     @torch.no_grad()
     def _token_logps(self, model: nn.Module, examples: list[Example]) -> list[np.ndarray]:
-        training, values = model.training, []
+        """Every rank computes its share; all of them get all."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        training, values, own = model.training, [], examples[rank::ranks]
         model.eval()
         size = self.args.per_device_eval_batch_size
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
             with self.compute_loss_context_manager():
                 values += token_logps(model, part, self.pad_token_id, self.layout)
         model.train(training)
-        return values
+        whole: list = [None] * len(examples)
+        for other, share in enumerate(gather_objects(values)):
+            whole[other::ranks] = share
+        return whole
 
     def _log_round(self, number: int, rows: list[Sampled], dataset: FeedbackDataset) -> None:
         rewards = np.array([row.reward for row in rows])

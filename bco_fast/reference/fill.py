@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import files
 from ..data.batch import Layout, collate_tokens, to_device
 from ..data.dataset import Example
 from ..data.samplers import token_batches
 from ..models.attention import base_attention, knows_segments
 from ..models.patch import completion_logps, logp_budget
 from .cache import CacheError, FillPlan, ReferenceCache
+from .ranks import gather_objects, number_of_ranks, own_rank
 from .seen import SeenShards
 
 ROWS_PER_SHARD = 512
@@ -28,6 +29,9 @@ CHECKED_ROWS = 4
 """Cached rows that every run computes again."""
 CHECKED_UNSEEN_ROWS, CHECKED_UNSEEN_SHARE = 64, 0.01
 """Rows of shards from elsewhere that are computed again once: the larger of this many and this share of them."""
+
+SHARED_FOLDER_SECONDS = 30.0
+"""How long a shared file system may take to show what another rank has written."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def fill(
     adapter: bool = False,
     check_tokens: bool = True,
     layout: Layout | None = None,
+    lockstep: bool = False,
 ) -> FillReport:
     """Compute the rows the cache lacks and commit them shard by shard; an interruption loses one shard at most.
 
@@ -73,6 +78,8 @@ def fill(
         layout: of the batches (`data.batch`); by default every prompt once where the model's attention reads segments,
             packed where FlashAttention keeps sequences apart without a mask, else padded. It changes no key and, but for
             rounding, no value.
+        lockstep: the model is sharded over the ranks, so that every forward is a collective: all ranks call this, agree on
+            the missing rows and run equally many forwards.
 
     Raises:
         CacheError: a cached row does not agree with the model, a new one is not finite, or the disk cannot be written.
@@ -83,6 +90,8 @@ def fill(
     if check_tokens:
         cache.drop_damaged(keys)
     known = cache.find(keys)[:, 0] >= 0
+    if lockstep:
+        known = gather_objects(known)[0]
     hits = {key: by_key[key] for key, here in zip(keys, known, strict=True) if here}
     missing = {key: by_key[key] for key in keys if key not in hits}
     present, seen = list(cache.shards), SeenShards(cache.folder)
@@ -94,10 +103,13 @@ def fill(
         if missing:
             cache.model_name = Path(str(getattr(model.config, "_name_or_path", ""))).name
             plan = cache.make_plan(keys, rows_per_shard=ROWS_PER_SHARD, tokens_per_batch=tokens_per_batch)
-            computed = _compute(cache, missing, model, plan, pad_token_id, progress, layout)
-        cache.settle()
+            computed = _compute(cache, missing, model, plan, pad_token_id, progress, layout, lockstep)
+        if not lockstep or own_rank() == 0:
+            cache.settle()
+        if lockstep:
+            _await_rows(cache, keys)
         if hits:
-            used = _spot_check(cache, hits, seen, model, pad_token_id, tokens_per_batch)
+            used = _spot_check(cache, hits, seen, model, pad_token_id, tokens_per_batch, lockstep)
             seen.add(used)
         seen.add(shard.path for shard in cache.shards if shard not in present)
     return FillReport(len(keys), len(keys) - computed, computed, time.perf_counter() - start)
@@ -125,6 +137,7 @@ def _compute(
     pad_token_id: int,
     progress: bool,
     layout: Layout,
+    lockstep: bool,
 ) -> int:
     # Rows of one prompt or chat together, so that a batch can share it; those with the longest row first, so that rows of like
     # length share a batch and memory peaks in the first one. Keys break ties: the order of the file does not matter.
@@ -140,21 +153,77 @@ def _compute(
     total = sum(map(len, missing.values()))
     with tqdm(total=total, desc="reference", unit="tok", unit_scale=True, disable=not progress) as bar:
 
-        def compute(keys: list[bytes]) -> list[np.ndarray]:
-            values: list[np.ndarray] = []
+        def batches(keys: Sequence[bytes]) -> Iterator[list[Example]]:
             examples = [missing[key] for key in keys]
-            for chosen in token_batches(
-                [[e] for e in examples], range(len(examples)), plan.tokens_per_batch, layout=layout
-            ):
-                values += token_logps(model, [examples[i] for i in chosen], pad_token_id, layout)
-                bar.update(sum(len(examples[i]) for i in chosen))
-            return values
+            cut = token_batches([[e] for e in examples], range(len(examples)), plan.tokens_per_batch, layout=layout)
+            return ([examples[i] for i in chosen] for chosen in cut)
+
+        def forward(examples: list[Example]) -> list[np.ndarray]:
+            bar.update(sum(map(len, examples)))
+            return token_logps(model, examples, pad_token_id, layout)
+
+        def compute(keys: list[bytes]) -> list[np.ndarray]:
+            return [values for examples in batches(keys) for values in forward(examples)]
 
         def found(keys: Sequence[bytes]) -> None:
             bar.total -= sum(len(missing[key]) for key in keys)
 
-        ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        if lockstep:
+            return _build_in_lockstep(cache, order, batches, forward, plan.rows_per_shard)
+        ranks = own_rank(), number_of_ranks()
         return cache.build(order, compute, rows_per_shard=plan.rows_per_shard, share=ranks, found=found)
+
+
+def _build_in_lockstep(
+    cache: ReferenceCache,
+    order: Sequence[bytes],
+    batches: Callable[[Sequence[bytes]], Iterator[list[Example]]],
+    forward: Callable[[list[Example]], list[np.ndarray]],
+    rows_per_shard: int,
+) -> int:
+    """Compute and commit the rows in turns: a shard per rank, and as many forwards on every rank as on the busiest.
+
+    The shards are those of `ReferenceCache.build`. A rank that fails makes all of them raise its error.
+    """
+    rank, ranks = own_rank(), number_of_ranks()
+    shards = [list(order[first : first + rows_per_shard]) for first in range(0, len(order), rows_per_shard)]
+    computed = 0
+    for turn in range(0, len(shards), ranks):
+        own = shards[turn + rank] if turn + rank < len(shards) else []
+        todo, values, problem = list(batches(own)), [], None
+        idle = next(batches(shards[turn][:1]))  # what a rank runs that has nothing left to do
+        for number in range(max(gather_objects(len(todo)))):
+            if number < len(todo):
+                values += forward(todo[number])
+            else:
+                forward(idle)
+        try:
+            if own:
+                cache.write_shard(own, values)
+        except CacheError as error:
+            problem = str(error)
+        for other, text in enumerate(gather_objects(problem)):
+            if text is not None:
+                raise CacheError(f"rank {other}: {text}")
+        computed += len(own)
+        files.failpoint("next shard")
+    return computed
+
+
+def _await_rows(cache: ReferenceCache, keys: Sequence[bytes]) -> None:
+    """Wait for the other ranks' shards, which a shared file system may show late."""
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while True:
+        cache.refresh()
+        complete = bool((cache.find(keys)[:, 0] >= 0).all())
+        late = time.monotonic() > deadline
+        said = gather_objects((complete, late))
+        if all(whole for whole, _ in said):
+            return
+        if any(late for _, late in said):
+            rank = next(rank for rank, (whole, _) in enumerate(said) if not whole)
+            raise CacheError(f"rank {rank} does not see all shards of {cache.folder}: give all ranks one cache_dir")
+        time.sleep(0.1)
 
 
 def token_logps(
@@ -173,6 +242,7 @@ def _spot_check(
     model: nn.Module,
     pad_token_id: int,
     tokens_per_batch: int,
+    lockstep: bool = False,
 ) -> list[Path]:
     """Compute cached rows again and compare, more of those in shards from elsewhere; -> the shards that hold `hits`.
 
@@ -188,6 +258,8 @@ def _spot_check(
         chosen = _spread(unseen, places[unseen], rng)[:count]
     else:
         chosen = rng.choice(len(keys), min(CHECKED_ROWS, len(keys)), replace=False)
+    if lockstep:
+        chosen = gather_objects(chosen)[0]  # every rank runs the same forwards
     examples = [hits[keys[i]] for i in chosen]
     budget = logp_budget(model, autocast=torch.is_autocast_enabled(next(model.parameters()).device.type))
     for batch in token_batches([[e] for e in examples], range(len(examples)), tokens_per_batch):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Layout, collate_tokens, layout_tokens, to_device
-from ..data.dataset import Example, FeedbackDataset
+from ..data.dataset import Example, FeedbackDataset, Item
+from ..data.samplers import token_batches
 from ..models.attention import knows_segments
 from ..models.patch import logp_budget
+from .config import FeedbackConfig
 from .step import completion_sums
 
 logger = logging.getLogger("bco_fast")
@@ -81,6 +83,15 @@ def check_layout(model: nn.Module, examples: Sequence[Example], pad_token_id: in
 def _short(example: Example, prompt: np.ndarray) -> Example:
     completion = example.input_ids[example.completion_start :][:CHECKED_TOKENS]
     return Example(np.concatenate([prompt, completion]), len(prompt), example.label, 1.0)
+
+
+def first_rows(dataset: FeedbackDataset, args: FeedbackConfig, layout: Layout) -> list[Item | tuple[Item, Item]]:
+    """The items that `check_start` runs: four at most, and no more than a batch of training holds."""
+    rows = range(min(4, args.per_device_train_batch_size, len(dataset)))
+    if args.tokens_per_batch is not None:
+        rows = range(min(4, len(dataset)))
+        rows = next(token_batches(dataset.sides, rows, args.tokens_per_batch, layout=layout))
+    return [dataset[i] for i in rows]
 
 
 def check_start(model: nn.Module, log_ratios: Tensor, lengths: Tensor, *, autocast: bool) -> None:

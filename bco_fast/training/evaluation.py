@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,13 +12,16 @@ from ..data.batch import Batch
 from ..losses import LossOutput, Objective
 from ..losses.metrics import auc, unpaired_metrics, unpaired_sums
 
-COLUMNS = ("rewards", "logps", "per_example", "threshold", "weight", "lengths")
+COLUMNS = ("rewards", "logps", "per_example", "threshold", "weight", "ref_logps", "mismatched", "lengths")
 
 
-def evaluation_rows(out: LossOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+def evaluation_rows(out: LossOutput, batch: Batch, mismatched: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What evaluation keeps of a batch: numbers [items, sides, COLUMNS] float64, and labels [items, sides] bool.
 
     One row for each item of the dataset, so that gathering over ranks can drop what padded the last batch.
+
+    Args:
+        mismatched: [B], KTO's log-ratios of mismatched completions.
     """
     sides = 1 + out.paired
     columns = {
@@ -26,6 +31,8 @@ def evaluation_rows(out: LossOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         "threshold": torch.zeros_like(out.rewards) + out.threshold,
         "weight": batch["weight"],
         "lengths": batch["cu_completions"].diff(),
+        "ref_logps": batch["ref_logps"],
+        "mismatched": torch.zeros_like(out.rewards) if mismatched is None else mismatched,
     }
     rows = torch.stack([columns[name].detach().double() for name in COLUMNS], dim=-1)
     return torch.stack(rows.chunk(sides), dim=1), torch.stack(out.labels.chunk(sides), dim=1)
@@ -35,15 +42,22 @@ def evaluation_metrics(
     columns: Tensor,  # [items, sides, COLUMNS]
     labels: Tensor,  # [items, sides] bool
     objective: Objective,
+    settings: Mapping[str, float],
     **weighting,
 ) -> dict[str, float | Tensor]:
     """Loss and metrics of all rows together: no mean of means over batches.
 
+    KTO's z_ref is that of the whole set, so its costs are computed here.
+
     Args:
+        settings: of `Objective.run`.
         weighting: `reduction` and `class_weights` of `Objective.weights`.
     """
     found = dict(zip(COLUMNS, columns.transpose(0, 1).flatten(0, 1).unbind(-1), strict=True))
     labels, paired = labels.T.flatten(), objective.paired
+    if objective.mismatched:
+        out = objective.loss(found["logps"], found["ref_logps"], labels, kl=found["mismatched"].mean(), **settings)
+        found |= {"per_example": out.per_example, "threshold": torch.zeros_like(out.rewards) + out.threshold}
     sums = unpaired_sums(found["rewards"], found["logps"], labels, found["threshold"], paired=paired)
     counts = torch.stack([sums[0], 0 * sums[1] if paired else sums[1], (found["lengths"] * labels).sum()])
     cu_completions = F.pad(found["lengths"].long().cumsum(0), (1, 0))

@@ -87,6 +87,7 @@ def fingerprint(trainer: FeedbackTrainer) -> dict:
 
 def _options(args) -> dict:
     options = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
+    options["gradient_accumulation_steps"] *= args.world_size  # another number of ranks may cut the same step
     steps = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
     return (
         options | {name: bool(options[name]) for name in ("fsdp", "deepspeed")} | {n: getattr(args, n) for n in steps}

@@ -132,7 +132,7 @@ class RunRecorder(TrainerCallback):
             "data_kind": args.objective.data,
             "devices": args.world_size,
             "options": public_options(args),
-            "versions": _versions(),
+            "versions": package_versions(),
             "step": state.global_step,
             "max_steps": state.max_steps,
             "epoch": state.epoch,
@@ -235,7 +235,8 @@ def public(value):
     return value if isinstance(value, (int, float, bool, type(None))) else str(type(value).__name__)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python, and of the packages that decide what is computed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

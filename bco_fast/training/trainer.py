@@ -15,23 +15,24 @@ from transformers import EvalPrediction, Trainer, set_seed
 from ..data.batch import Batch, collate
 from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
-from ..data.samplers import GroupedSampler, StratifiedSampler, TokenBudgetSampler, balancing_weights, oversample
+from ..data.samplers import GroupedSampler, StratifiedSampler, balancing_weights, oversample
 from ..data.tokenize import load_feedback
 from ..losses import LossOutput
 from ..models.memory import offload_activations
 from ..models.patch import forward_logps
 from ..reference.fill import FillReport
-from ..reference.identity import reference_id
 from . import checks
 from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
+from .loader import train_loader
 from .policy import prepare_policy
+from .processes import check_processes
 from .record import RunRecorder
-from .references import attach_reference
+from .references import prepare_reference
 from .resume import WholeCheckpoints
 from .sharing import choose_layout
 from .state import FeedbackState
-from .step import Step, completion_sums, mean_log_ratio
+from .step import Step, completion_sums, mean_log_ratio, mismatched_log_ratios
 
 logger = logging.getLogger("bco_fast")
 
@@ -97,22 +98,22 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             compute_metrics=kwargs.pop("compute_metrics", None) or self._eval_metrics,
             **kwargs,
         )
+        check_processes(args)
+        self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # on its devices once training is prepared
         self.loss_is_scaled_for_ga = True  # `compute_loss` returns a part of the step's loss, not a mean
         self.model_accepts_loss_kwargs = False
         self.label_names = ["label"]
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)
         self.add_callback(self.recorder)
-        policy, sharded = self.accelerator.unwrap_model(self.model), self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self.layout = choose_layout(policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=sharded)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.layout = choose_layout(
+            policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=self.sharded
+        )
         datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
         self._own_reference = self.objective.reference and ref_model is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
-        self.identity = self.reference_identity = None  # of the model as it comes in, and of `ref_model`
-        if self.objective.reference or not sharded:
-            self.identity = reference_id(policy, autocast=self.accelerator.mixed_precision)
-        if self.objective.reference and datasets:
-            self.reference_report = attach_reference(self, datasets, ref_model)
+        self._reference = prepare_reference(self, datasets, ref_model)
 
     # ---- data
 
@@ -137,38 +138,17 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._dataset(eval_dataset, self.args, self.processing_class)
-            if self.objective.reference and eval_dataset.ref_logps is None:
-                raise ValueError(
-                    "eval_dataset has no reference log-probabilities: pass it to the constructor, where the reference "
-                    "model is at hand"
-                )
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.objective.reference and isinstance(dataset, FeedbackDataset) and not dataset.has_reference:
+            raise ValueError(
+                "eval_dataset has no reference log-probabilities: pass it to the constructor, where the reference model is "
+                "at hand; under FSDP and DeepSpeed train first, or fill the cache with `bco-fast cache build`"
+            )
         return super().get_eval_dataloader(eval_dataset)
 
     def get_train_dataloader(self):
-        if self.args.tokens_per_batch is None:
-            return super().get_train_dataloader()
-        dataset, args = self.train_dataset, self.args
         order = self._get_train_sampler()
-        if isinstance(order, torch.utils.data.RandomSampler):
-            order.generator = torch.Generator().manual_seed(args.data_seed)
-        sampler = TokenBudgetSampler(
-            dataset.sides,
-            order,
-            args.tokens_per_batch,
-            layout=self.layout,
-            seed=args.data_seed,
-            ranks=self.accelerator.num_processes,
-        )
-        self.accelerator.even_batches = False  # the sampler has made them even
-        return self.accelerator.prepare(
-            torch.utils.data.DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                collate_fn=self.data_collator,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=args.dataloader_pin_memory,
-            )
-        )
+        return train_loader(self.train_dataset, order, self.args, self.accelerator, self.data_collator, self.layout)
 
     # Private to the Trainer, which has no public way to choose the order of rows.
     def _get_train_sampler(self, train_dataset=None):
@@ -186,13 +166,18 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             self._check_start()
         return super().train(resume_from_checkpoint, **kwargs)
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # The first moment at which a sharded model is on its devices, and the last before a checkpoint is loaded into it.
+        if self._reference is not None and self._reference.pending and self.accelerator._models:
+            model = self.accelerator._models[-1]
+            self.reference_report = self._reference.fill(getattr(model, "module", model))
+        return super().create_scheduler(num_training_steps, optimizer)
+
     @torch.no_grad()
     def _check_start(self) -> None:
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if not self._own_reference or self.train_dataset is None or sharded:
+        if not self._own_reference or self.train_dataset is None or self.sharded:
             return
-        few = [self.train_dataset[i] for i in range(min(4, len(self.train_dataset)))]
-        batch = self._prepare_inputs(self.data_collator(few))
+        batch = self._prepare_inputs(self.data_collator(checks.first_rows(self.train_dataset, self.args, self.layout)))
         model = self.accelerator.unwrap_model(self.model).eval()
         with self.compute_loss_context_manager():
             ratios = completion_sums(model, batch) - batch["ref_logps"]
@@ -215,15 +200,17 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         with offload_activations() if self.args.activation_offloading and training else contextlib.nullcontext():
             out, aux_loss = self._run(model, inputs, step.z_ref, observe=training)
         loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
+        filled = "placeholder" not in inputs
         if training:
             z_ref = step.z_ref.clamp(min=0) if begins and step.z_ref is not None else None
-            self.feedback.add(loss.detach(), out.sums, z_ref, begins_step=begins)
-            self.finite.loss(out.per_example, inputs["index"], self.state.global_step + 1)
+            self.feedback.add(loss.detach(), out.sums if filled else None, z_ref, begins_step=begins)
+            if filled:
+                self.finite.loss(out.per_example, inputs["index"], self.state.global_step + 1)
         loss = loss.to(out.per_example.dtype)
+        if aux_loss is not None:  # a mean over the tokens of a micro-batch
+            loss = loss + filled * self._aux_weight * aux_loss.to(loss.device) / step.micro_batches
         if step is num_items_in_batch:
             loss = loss * self.accelerator.num_processes  # data parallelism takes the mean of the ranks' gradients
-        if aux_loss is not None:  # a mean over the tokens of a micro-batch
-            loss = loss + self._aux_weight * aux_loss.to(loss.device) / len(step.batches)
         return (loss, out) if return_outputs else loss
 
     def _run(
@@ -231,9 +218,13 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     ) -> tuple[LossOutput, Tensor | None]:
         """The objective on one batch, and the load-balancing loss of a mixture of experts."""
         head = forward_logps(model, batch, return_entropy=self.objective.per_token)
+        filled = "placeholder" not in batch
         out = self.objective.run(
-            head.logps, batch, self.settings, entropy=head.entropy, z_ref=z_ref, shift=self.feedback.shift, observe=observe
+            head.logps, batch, self.settings, entropy=head.entropy, z_ref=z_ref, shift=self.feedback.shift,
+            observe=observe and filled,
         )  # fmt: skip
+        if observe and not filled and self.objective.shift:  # no rewards, but the other ranks' all-reduce waits for us
+            self.feedback.shift.observe(out.rewards[:0], batch["label"][:0])
         return out, head.aux_loss
 
     @property
@@ -246,17 +237,18 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            z_ref = mean_log_ratio(model, [inputs]) if self.objective.mismatched else None
-            out, _ = self._run(model, inputs, z_ref, observe=False)
+            ratios = mismatched_log_ratios(model, inputs) if self.objective.mismatched else None
+            out, _ = self._run(model, inputs, None if ratios is None else ratios.mean(), observe=False)
         if prediction_loss_only:
             return out.loss, None, None
-        # The loss is left to `_eval_metrics`, which knows the class sizes of the whole set.
-        return None, *evaluation_rows(out, inputs)
+        # The loss is left to `_eval_metrics`, which knows the class sizes and z_ref of the whole set.
+        return None, *evaluation_rows(out, inputs, ratios)
 
     def _eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         columns, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
         self.recorder.keep(columns, labels)
-        return _present(evaluation_metrics(columns, labels, self.objective, **self.weighting) | {"delta": self.delta})
+        metrics = evaluation_metrics(columns, labels, self.objective, self.settings, **self.weighting)
+        return _present(metrics | {"delta": self.delta})
 
     @property
     def delta(self) -> float:
@@ -265,12 +257,16 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training line; evaluation logs eval_loss
-            window = self.feedback.take(self.args.device, self.accelerator.num_processes)
+            window = self.feedback.take(self.args.device)
             if window:
                 if not self.objective.mismatched:
                     del window["kl"]
                 logs.update(_present(window), delta=self.delta)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        self.feedback.pool(self.args.device)
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def _keys(data):
     from bco_fast import load_feedback
 
     return [example.key for example in load_feedback(data, tiny.build_tokenizer(), max_length=64).examples]
+
+
+def test_parts_of_several_machines_are_merged_by_copying(inputs, tmp_path, say):
+    model, data = inputs
+    options = ["--model", model, "--data", data, "--max_length", 64]
+    for part in (1, 2, 3):
+        _, lines, _ = say("build", *options, "--cache_dir", tmp_path / f"part{part}", "--shard", f"{part}/3")
+        assert lines == [f"{14 - (part > 1)} rows: 0 cached, {14 - (part > 1)} computed"]
+        shutil.copytree(tmp_path / f"part{part}", tmp_path / "whole", dirs_exist_ok=True)
+    assert say("build", *options, "--cache_dir", tmp_path / "whole")[1] == ["40 rows: 40 cached, 0 computed"]
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        code, _, error = say("build", *options, "--cache_dir", tmp_path, "--shard", wrong)
+        assert code == 2
+        assert f"--shard {wrong}: must be I/N" in error
 
 
 def test_inspect_prints_a_table(built, say):

@@ -43,8 +43,8 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path, text, steps):
     assert (
         _parse(tmp_path, f"model: m\ndata: d\noutput_dir: o\nuse_cpu: true\nmax_steps: {text}\n")[1].max_steps == steps
     )
-    _, config = _parse(tmp_path, "model: m\ndata: d\noutput_dir: o\nuse_cpu: true\nlr_scheduler_kwargs: {a: 1, b: 1.5, c: 2e3, d: 1:30}\n")  # fmt: skip
-    assert config.lr_scheduler_kwargs == {"a": 1, "b": 1.5, "c": 2000.0, "d": "1:30"}
+    _, config = _parse(tmp_path, "model: m\ndata: d\noutput_dir: o\nuse_cpu: true\ngradient_checkpointing_kwargs: {a: 1, b: 1.5, c: 2e3, d: 1:30}\n")  # fmt: skip
+    assert config.gradient_checkpointing_kwargs == {"a": 1, "b": 1.5, "c": 2000.0, "d": "1:30"}
 
 
 def test_flags_win_over_the_file(tmp_path):

@@ -147,7 +147,8 @@ for arguments, *how in json.loads(sys.argv[1]):
     code, text, left = run(arguments, *how)
     more = None
     if arguments[0] == "train":
-        resumed = ["--resume_from_checkpoint", "true"] if "continue from" in text else []
+        asked = "--resume_from_checkpoint" if "continue from" in text else "--overwrite_output_dir"
+        resumed = [asked, "true"]
         more = cli.main([*arguments, *resumed])
         shutil.rmtree("out")
         shutil.rmtree("cache", ignore_errors=True)

@@ -47,6 +47,8 @@ def _run(command, cache, stray_seed, **options):
         "logging_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "use_cpu": "true",
         "disable_tqdm": "true", "seed": 7,
     } | options  # fmt: skip
+    if "tokens_per_batch" in options:
+        del options["per_device_train_batch_size"]
     assert cli.main([command, *(f"--{name}={value}" for name, value in options.items())]) == 0
     (weights,) = [load_file(path) for path in (*_files("adapter_model"), *_files("model"))]
     log = json.loads(Path("out/trainer_state.json").read_text())["log_history"]

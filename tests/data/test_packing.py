@@ -119,10 +119,9 @@ def test_the_budget_is_kept_and_every_row_comes_once(padded):
     assert list(sampler) == later
 
 
-def test_long_rows_and_ranks():
-    sampler = TokenBudgetSampler(_of_lengths([10, 300, 10, 10]), range(4), 30, layout="packed", ranks=2)
-    assert list(sampler) == [[0], [1], [2, 3], [0]]
-    assert len(list(TokenBudgetSampler(_of_lengths([10] * 9), range(9), 30, layout="packed", ranks=3))) == 3
+def test_a_long_row_is_a_batch_by_itself():
+    sampler = TokenBudgetSampler(_of_lengths([10, 300, 10, 10]), range(4), 30, layout="packed")
+    assert list(sampler) == [[0], [1], [2, 3]]
 
 
 @pytest.mark.parametrize("packed", [False, True])

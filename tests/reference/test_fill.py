@@ -203,6 +203,15 @@ def test_weights_are_hashed_in_pieces_but_not_confused(monkeypatch):
         digest({"a": torch.empty(3, device="meta")})
 
 
+def test_a_model_that_zero3_sharded_while_loading_is_not_identified():
+    """All models of one architecture would share a key."""
+    model = tiny.model()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, torch.empty(0)
+    with pytest.raises(ValueError, match="zero3_init_flag: false"):
+        reference_id(model)
+
+
 def test_a_wrong_value_is_refused_by_recomputing_four_rows(tmp_path, monkeypatch):
     model, examples = patch_model(tiny.model()), _examples(4)
     cache = ReferenceCache(tmp_path, reference_id(model))

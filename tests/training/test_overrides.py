@@ -7,7 +7,10 @@ from bco_fast import FeedbackTrainer, OnlineFeedbackTrainer
 from bco_fast.training.resume import WholeCheckpoints
 
 PRIVATE = {
-    FeedbackTrainer: {"_get_train_sampler": "the order of rows has no public hook"},
+    FeedbackTrainer: {
+        "_get_train_sampler": "the order of rows has no public hook",
+        "_save_checkpoint": "the log windows of all ranks are added up first, by all ranks",
+    },
     OnlineFeedbackTrainer: {"_get_train_sampler": "rows are numbers here, and come in their order"},
     WholeCheckpoints: {
         "_load_callback_state": "the Trainer restores no state into callbacks that were passed in",

@@ -231,7 +231,7 @@ def test_nothing_of_the_trainer_is_overridden_by_accident():
 
     meant = {
         "_get_train_sampler", "compute_loss", "create_model_card", "get_batch_samples", "get_eval_dataloader", "get_train_dataloader", "log",
-        "prediction_step", "save_model", "train",
+        "prediction_step", "save_model", "train", "_save_checkpoint", "create_scheduler",
     }  # fmt: skip
     ours = {name for name in vars(FeedbackTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     assert ours == meant

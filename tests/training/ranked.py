@@ -1,0 +1,92 @@
+"""One training run by name, on any number of ranks: what the rank tests and their launchers compare.
+
+torchrun --nproc_per_node 2 tests/training/ranked.py OUTPUT NAME [NAME ...]
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import fsdp_on_cpu
+import tiny
+import torch
+from runs import TOKENIZER, config
+from torch.distributed.tensor import DTensor
+
+from bco_fast import FeedbackTrainer
+
+ROWS = 4  # of a micro-batch
+SHAPES = {
+    "padded": {},
+    "packed": {"padding_free": True},
+    "tokens": {"tokens_per_batch": 48},
+    "shared": {"share_prompts": "true", "tokens_per_batch": 64},
+}
+OPTIONS = {"bco": {"reduction": "class_mean"}, "kto": {"desirable_weight": "auto"}}
+
+
+def cases(name):
+    """ "kto-packed-3-lora-21" -> objective, shape, micro-batches of a step, adapter, rows."""
+    loss_type, shape, accumulation, weights, rows = name.split("-")
+    return loss_type, SHAPES[shape], int(accumulation), weights == "lora", int(rows), shape
+
+
+def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
+    """Train for five steps, evaluate; -> log lines, metrics and weights. `scale` micro-batches stand in for that many ranks."""
+    loss_type, shape, accumulation, lora, rows, kind = cases(name)
+    torch.manual_seed(0)
+    data, held_out = tiny.feedback_for(loss_type, rows), tiny.feedback_for(loss_type, 7, seed=5)
+    if kind == "shared":  # a second completion of every prompt
+        swapped = [
+            {**row, "completion": other["completion"]} for row, other in zip(data, data[1:] + data[:1], strict=True)
+        ]
+        data = [row for two in zip(data, swapped, strict=True) for row in two] if loss_type != "dpo" else data + data
+    adapter = {"use_peft": True, "lora_r": 4, "lora_alpha": 8} if lora else {}
+    args = config(
+        Path(folder) / name, loss_type=loss_type, max_steps=steps, **({} if "tokens_per_batch" in shape else {"per_device_train_batch_size": ROWS}),
+        per_device_eval_batch_size=2, gradient_accumulation_steps=accumulation * (scale or 1), optim="sgd",
+        learning_rate=0.3 if lora else 0.02, max_grad_norm=0.0, seed=3, **shape, **adapter, **OPTIONS.get(loss_type, {}),
+        **options,
+    )  # fmt: skip
+    trainer = FeedbackTrainer(tiny.model(), args, data, held_out, processing_class=TOKENIZER)
+    if after is not None:
+        after(trainer)
+    trainer.train()
+    metrics = trainer.evaluate()
+    left_out = ("runtime", "per_second", "preparation_time")
+    lines = [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in trainer.state.log_history if "loss" in e]
+    weights = {n: p for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad}
+    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in weights.items()}
+    found = {
+        "lines": lines,
+        "metrics": {k: v for k, v in metrics.items() if not k.endswith(left_out)},
+        "weights": {n.removeprefix("module."): w.detach().double().flatten().tolist() for n, w in weights.items()},
+        "layout": trainer.layout,
+        "computed": trainer.reference_report.computed,
+    }
+    del trainer
+    gc.collect()  # DDP's reducer must go before its process group
+    return found
+
+
+def of_ranks(rank, world, folder, names, options, fsdp=False):
+    if fsdp:
+        fsdp_on_cpu.install()
+    return {name: run(name, world, folder, **options) for name in names}
+
+
+def main():
+    folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    if os.environ.get("FSDP_ON_CPU"):
+        fsdp_on_cpu.install()
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    found = of_ranks(rank, world, folder, names, {})
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
