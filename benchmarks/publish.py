@@ -200,6 +200,27 @@ def growth_section() -> Iterator[str]:
     yield ""
 
 
+def shared_section() -> Iterator[str]:
+    rows = [r for r in rows_of("shared_prompts") if r["case"].endswith(", shared")]
+    yield "## Shared prompts and judged turns"
+    yield ""
+    yield (
+        "A training step of `FeedbackTrainer` with every prompt computed once, relative to the same step with prompts repeated "
+        "(packed, without a mask of all pairs): processor time, peak memory beyond the model, and the reference's tokens per "
+        f"second. A small Llama, float32, {ran_on(rows)}."
+    )
+    yield ""
+    body = [
+        [
+            r["case"].removesuffix(", shared"),
+            *(f"{r[name]:.2f}" for name in ("time_ratio", "memory_ratio", "fill_ratio")),
+        ]
+        for r in rows
+    ]
+    yield from markdown(["prompt + completions, tokens", "time", "memory", "reference"], body)
+    yield ""
+
+
 def tables() -> str:
     lines = [
         "# Results",
@@ -209,7 +230,7 @@ def tables() -> str:
         f"measured yet. Models are those of [`counts.py`](../benchmarks/counts.py): {', '.join(MODELS)}.",
         "",
     ]
-    for section in (head_section, step_section, context_section, growth_section):
+    for section in (head_section, step_section, shared_section, context_section, growth_section):
         lines += section()
     return "\n".join(lines)
 

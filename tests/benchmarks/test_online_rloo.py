@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_our_side_runs_small(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import online_rloo

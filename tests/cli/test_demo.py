@@ -22,6 +22,7 @@ def _run(tmp_path, seed, **options):
     return summary
 
 
+@pytest.mark.slow
 def test_bco_beats_fine_tuning(tmp_path):
     summary = _run(tmp_path, seed=0, max_steps=100)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_an_interrupted_run_says_how_to_continue_and_does(world, monkeypatch, ca
 
 def _shell(line, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
-    command = line.replace("bco-fast", f"{sys.executable} -m bco_fast.cli")
+    command = line.replace("bco-fast", f"{shlex.quote(sys.executable)} -m bco_fast.cli")
     return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=kept | environment, timeout=300)  # fmt: skip
 
 
@@ -172,6 +173,7 @@ def _on_a_full_disk(*runs):
         yield line
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_training_is_one_line(world):
     lines = list(_on_a_full_disk(*([RUN, size] for size in (0, 300, 4_000, 20_000, 60_000, 100_000))))
     assert len(lines) == 6
@@ -182,6 +184,7 @@ def test_a_full_disk_after_a_checkpoint_names_it(world):
     assert "continue from out/checkpoint-2 with --resume_from_checkpoint true" in line
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_file(world):
     names = ("convert", "udm", "generate", "shifts")
     runs = [[COMMANDS[name][0], 10] for name in names]

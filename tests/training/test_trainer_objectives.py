@@ -308,6 +308,7 @@ def _ranked_runs(rank, world, folder):
     return results
 
 
+@pytest.mark.slow  # test_ranks.py has other objectives and layouts in the fast suite
 def test_two_ranks_are_one_process(tmp_path):
     """Loss, δ, z_ref, metrics and parameters of three steps, to 1e-5: class sizes and z_ref are those of all ranks."""
     two, _ = ranks.run(_ranked_runs, 2, tmp_path / "ranks", tmp_path / "2")
