@@ -130,7 +130,7 @@ class FeedbackConfig(TrainingArguments):
     share_prompts: str = _option(
         "auto",
         "Compute a prompt once for all of its completions in a micro-batch: true, false, or auto, where the model can and it "
-        "saves a tenth of the tokens.",
+        "saves a tenth of the tokens and 64 a completion.",
         choices=["auto", "true", "false"],
     )
     tokens_per_batch: int | None = _option(

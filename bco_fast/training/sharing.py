@@ -20,6 +20,10 @@ WORTH = 0.9
 """Share of the tokens above which sharing prompts is not worth its smaller attention calls."""
 
 
+FEWEST_TOKENS = 64
+"""What a completion must save on average, because each becomes an attention call in every layer."""
+
+
 def choose_layout(
     model: nn.Module, args: FeedbackConfig, dataset: FeedbackDataset | None, pad_token_id: int, *, sharded: bool = False
 ) -> Layout:
@@ -70,6 +74,8 @@ def _reason_not_to(model: nn.Module, args: FeedbackConfig, dataset: FeedbackData
     )
     if shared > WORTH * apart and args.share_prompts == "auto":
         return f"it would save {1 - shared / apart:.0%} of the tokens"
+    if apart - shared < FEWEST_TOKENS * len(dataset.examples) and args.share_prompts == "auto":
+        return f"{(apart - shared) / len(dataset.examples):.0f} tokens a completion are too few to pay for smaller attention calls"
     logger.info("tokens %s -> %s (shared prompts)", f"{apart:,}", f"{shared:,}")
     return None
 

@@ -9,8 +9,6 @@ import pytest
 import tiny
 import torch
 from chats import TOKENIZER as CHAT_TOKENIZER
-from runs import TOKENIZER, reward_error
-from runs import parameters as _parameters
 
 from bco_fast import FeedbackError, load_feedback
 from bco_fast.cli import demo
@@ -21,6 +19,8 @@ from bco_fast.online.generators import HuggingFaceGenerator
 from bco_fast.online.rewards import RewardError
 from bco_fast.online.rounds import Sampled, read_round, write_round
 from bco_fast.online.trainer import OnlineFeedbackTrainer
+from runs import TOKENIZER, reward_error
+from runs import parameters as _parameters
 
 PROMPTS = demo.all_prompts()[:40]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -168,7 +168,7 @@ def test_a_round_may_be_replayed(tmp_path):
 
 def test_samples_of_a_prompt_share_it(tmp_path):
     """Each micro-batch holds a prompt once for its samples, and the reference's values are those of single rows."""
-    trainer, seen = _trainer(tmp_path, max_steps=2), []
+    trainer, seen = _trainer(tmp_path, max_steps=2, share_prompts="true"), []
     assert trainer.layout == "shared"
     real = trainer.get_batch_samples
     trainer.get_batch_samples = lambda *a: seen.append(real(*a)) or seen[-1]

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from runs import TOKENIZER, config, parameters
 
 from bco_fast import FeedbackTrainer, ReferenceCache, load_feedback, patch_model
 from bco_fast.data.batch import collate, layout_tokens
@@ -22,6 +21,7 @@ from bco_fast.models.patch import completion_logps
 from bco_fast.reference.fill import fill
 from bco_fast.reference.identity import reference_id
 from bco_fast.training.checks import check_layout
+from runs import TOKENIZER, config, parameters
 
 EXACT = [name for name in FAMILIES if name != "gptj"]  # which takes no attention interface
 
@@ -204,7 +204,7 @@ def test_rows_of_a_prompt_come_together_and_every_row_once():
     assert [layout_tokens([examples[i] for i in batch], "shared") for batch in batches] == [34, 27]
 
 
-def test_what_cannot_share_says_why(tmp_path, caplog):
+def test_what_cannot_share_says_why(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="bco_fast")
     rows = _several("bco")
 
@@ -212,6 +212,9 @@ def test_what_cannot_share_says_why(tmp_path, caplog):
         caplog.clear()
         return FeedbackTrainer(model, config(tmp_path, **options), rows, processing_class=TOKENIZER).layout
 
+    assert layout(tiny.model()) == "padded"
+    assert "tokens a completion are too few" in caplog.text
+    monkeypatch.setattr("bco_fast.training.sharing.FEWEST_TOKENS", 1)
     assert layout(tiny.model()) == "shared"
     assert "(shared prompts)" in caplog.text
     assert layout(tiny.model(), tiny.rows(20)) == "padded"
