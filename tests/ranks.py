@@ -13,7 +13,7 @@ IMPORTS = [
     "peft",
     "bco_fast.training.trainer",
     "tiny",
-    "runs",
+    "small_runs",
     "heads",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.batch import Layout, collate_tokens, layout_tokens, to_device
 from ..data.dataset import Example, FeedbackDataset, Item
 from ..data.samplers import token_batches
+from ..data.tokenizer import positions
 from ..models.attention import knows_segments
 from ..models.patch import logp_budget
 from .config import FeedbackConfig
@@ -25,9 +26,9 @@ CHECKED_TOKENS = 64
 
 def check_positions(model: nn.Module, max_length: int) -> None:
     """Refuse a max_length beyond the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise ValueError(f"max_length is {max_length}, but the model has {positions} positions")
+    most = positions(model)
+    if most and max_length > most:
+        raise ValueError(f"max_length is {max_length}, but the model has {most} positions")
 
 
 def check_budget(dataset: FeedbackDataset, tokens_per_batch: int) -> None:

@@ -45,17 +45,14 @@ def choose_layout(
     if args.share_prompts != "false":
         reason = _reason_not_to(model, args, dataset, sharded)
         if reason is None:
-            reason = _try(model, dataset, pad_token_id, "shared", sharded)
+            reason = _try(model, dataset, pad_token_id, "shared")
         if reason is None:
             return "shared"
         if args.share_prompts == "true":
             raise ValueError(f"share_prompts: {reason}")
         logger.info("prompts are not shared: %s", reason)
     if plain == "packed" and not sharded:
-        if (
-            not base_attention(model.config).startswith("flash")
-            and _try(model, dataset, pad_token_id, plain, sharded) is None
-        ):
+        if not base_attention(model.config).startswith("flash") and _try(model, dataset, pad_token_id, plain) is None:
             return plain  # each sequence by itself, where a mask would have held all pairs of tokens
         check_layout(model, dataset.examples[:3], pad_token_id, plain)
     return plain
@@ -92,7 +89,7 @@ def _batches(dataset: FeedbackDataset, args: FeedbackConfig) -> Iterator[Sequenc
     return ([example for i in batch for example in sides[i]] for batch in batches)
 
 
-def _try(model: nn.Module, dataset: FeedbackDataset, pad_token_id: int, layout: Layout, sharded: bool) -> str | None:
+def _try(model: nn.Module, dataset: FeedbackDataset, pad_token_id: int, layout: Layout) -> str | None:
     """Let the model read segments if that changes nothing; -> None, or why not."""
     try:
         use_segments(model)

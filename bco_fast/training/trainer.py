@@ -17,6 +17,7 @@ from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import GroupedSampler, StratifiedSampler, balancing_weights, oversample
 from ..data.tokenize import load_feedback
+from ..data.tokenizer import pad_or_eos
 from ..losses import LossOutput
 from ..models.memory import offload_activations
 from ..models.patch import forward_logps
@@ -79,7 +80,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             raise ValueError("processing_class is missing: pass the tokenizer")
         tokenizer = with_template(processing_class, args.chat_template)
         self.objective, self.settings = args.objective, args.settings
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_token_id = pad_or_eos(tokenizer)
         train_dataset = self._dataset(train_dataset, args, tokenizer, pairing_ratio=args.pairing_ratio)
         eval_dataset = self._dataset(eval_dataset, args, tokenizer)
         if train_dataset is not None and args.oversample:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 
 from bco_fast import cli
 from bco_fast.files import atomic_path, final_name

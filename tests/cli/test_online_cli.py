@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 
 from bco_fast import cli
 from bco_fast.cli import demo

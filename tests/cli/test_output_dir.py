@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from runs import TOKENIZER, trainer
+from small_runs import TOKENIZER, trainer
 
 from bco_fast import cli
 from bco_fast.evaluation.run_reading import load_run

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER, config
 from safetensors.torch import load_file
+from small_runs import TOKENIZER, config
 
 from bco_fast import FeedbackTrainer, cli
 

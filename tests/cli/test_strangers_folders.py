@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from bco_fast import FeedbackTrainer, cli

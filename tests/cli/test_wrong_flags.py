@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import tiny
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 from wrong_flags import LATE, TABLE
 
 from bco_fast import cli

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from runs import TOKENIZER
-from runs import config as _config
-from runs import parameters as _parameters
+from small_runs import TOKENIZER
+from small_runs import config as _config
+from small_runs import parameters as _parameters
 from torch import nn
 
 from bco_fast import FeedbackTrainer, patch_model

@@ -9,7 +9,7 @@ import tiny
 import torch
 from chats import CHATML, TOKENIZER
 from chats import tokenizer as chat_tokenizer
-from runs import config
+from small_runs import config
 
 from bco_fast import FeedbackError, FeedbackTrainer, load_feedback, patch_model
 from bco_fast.data.batch import collate, hosts, layout_tokens

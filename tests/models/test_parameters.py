@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from runs import TOKENIZER, reward_error
-from runs import config as _config
+from small_runs import TOKENIZER, reward_error
+from small_runs import config as _config
 from torch import nn
 
 from bco_fast import FeedbackTrainer, patch_model

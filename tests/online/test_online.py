@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from chats import TOKENIZER as CHAT_TOKENIZER
+from small_runs import TOKENIZER, reward_error
+from small_runs import parameters as _parameters
 
 from bco_fast import FeedbackError, load_feedback
 from bco_fast.cli import demo
@@ -19,8 +21,6 @@ from bco_fast.online.generators import HuggingFaceGenerator
 from bco_fast.online.rewards import RewardError
 from bco_fast.online.rounds import Sampled, read_round, write_round
 from bco_fast.online.trainer import OnlineFeedbackTrainer
-from runs import TOKENIZER, reward_error
-from runs import parameters as _parameters
 
 PROMPTS = demo.all_prompts()[:40]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]

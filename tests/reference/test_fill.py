@@ -108,7 +108,7 @@ RUNS_THAT_HIT = {
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
     """-> a function that sets up a run on a cache that a first run has filled, and says what it computed."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("small_runs")
     rows, saved = tiny.rows(24), root / "model"
     tiny.model().save_pretrained(saved)
 

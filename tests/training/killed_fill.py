@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tiny
 import torch.distributed as dist
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 
 from bco_fast import patch_model
 from bco_fast.data.tokenize import load_feedback

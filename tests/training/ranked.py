@@ -12,7 +12,7 @@ from pathlib import Path
 import fsdp_on_cpu
 import tiny
 import torch
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 from torch.distributed.tensor import DTensor
 
 from bco_fast import FeedbackTrainer

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 
 from bco_fast import FeedbackTrainer
 from bco_fast.online.config import OnlineConfig

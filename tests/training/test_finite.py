@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 
 from bco_fast import FeedbackTrainer, cli
 from bco_fast.head import dispatch

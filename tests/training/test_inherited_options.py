@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import tiny
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 from transformers import TrainingArguments
 
 from bco_fast import FeedbackConfig, FeedbackTrainer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import ranked
 import ranks
-from runs import reward_error
+from small_runs import reward_error
 
 SMALL = [
     "bco-padded-1-full-21",  # batches of 4, 4, 4, 4, 4, 1: the second rank has none at the end of an epoch
@@ -52,7 +52,7 @@ def alone(tmp_path_factory):
 
 
 def _several(tmp_path, alone, world, names, fsdp=False):
-    several = ranks.run(ranked.of_ranks, world, tmp_path / "ranks", tmp_path / "runs", names, {}, fsdp)
+    several = ranks.run(ranked.of_ranks, world, tmp_path / "ranks", tmp_path / "small_runs", names, {}, fsdp)
     for found in several:
         for name in names:
             same(alone(name, world), found[name], name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranked
 import tiny
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 from test_ranks import same
 
 HERE = Path(__file__).parent
@@ -22,9 +22,9 @@ LOSSES = ("bco", "kto", "bnf", "una_score", "dpo", "sft")
 def _launch(command, tmp_path, names, **environment):
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*command, str(HERE / "ranked.py"), str(tmp_path / "runs"), *names], env=environment, capture_output=True, text=True, timeout=500)  # fmt: skip
+    done = subprocess.run([*command, str(HERE / "ranked.py"), str(tmp_path / "small_runs"), *names], env=environment, capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((tmp_path / "runs" / "found.json").read_text())
+    return json.loads((tmp_path / "small_runs" / "found.json").read_text())
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import ranks
 import tiny
 import torch
 from heads import Case, case, fused_call
-from runs import TOKENIZER, config, parameters, trainer
+from small_runs import TOKENIZER, config, parameters, trainer
 
 from bco_fast import FeedbackTrainer, patch_model
 from bco_fast.cli import main
@@ -215,7 +215,7 @@ def _disagreeing(rank, world, folder, what):
     ],
 )
 def test_ranks_that_were_started_differently_are_refused(tmp_path, what, message):
-    found = ranks.run(_disagreeing, 2, tmp_path / "ranks", tmp_path / "runs", what)
+    found = ranks.run(_disagreeing, 2, tmp_path / "ranks", tmp_path / "small_runs", what)
     assert found[0] == found[1]
     assert message in found[0]
 

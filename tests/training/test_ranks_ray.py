@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """

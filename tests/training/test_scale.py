@@ -9,8 +9,8 @@ import ranks
 import tiny
 import torch
 import yaml
-from runs import TOKENIZER, reward_error
-from runs import config as _config
+from small_runs import TOKENIZER, reward_error
+from small_runs import config as _config
 
 from bco_fast import FeedbackTrainer, RewardShift, bco_loss, patch_model
 from bco_fast.data.batch import collate

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
+from small_runs import TOKENIZER, config, parameters
 
 from bco_fast import FeedbackTrainer, ReferenceCache, load_feedback, patch_model
 from bco_fast.data.batch import collate, layout_tokens
@@ -21,7 +22,6 @@ from bco_fast.models.patch import completion_logps
 from bco_fast.reference.fill import fill
 from bco_fast.reference.identity import reference_id
 from bco_fast.training.checks import check_layout
-from runs import TOKENIZER, config, parameters
 
 EXACT = [name for name in FAMILIES if name != "gptj"]  # which takes no attention interface
 

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER
-from runs import parameters as _parameters
-from runs import trainer as _trainer
+from small_runs import TOKENIZER
+from small_runs import parameters as _parameters
+from small_runs import trainer as _trainer
 
 from bco_fast import FeedbackConfig, HeadStats, fused_linear_logps, patch_model
 from bco_fast.head.dispatch import load_backend, load_sparse

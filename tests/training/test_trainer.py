@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER, reward_error
-from runs import config as _config
-from runs import parameters as _parameters
-from runs import trainer as _trainer
+from small_runs import TOKENIZER, reward_error
+from small_runs import config as _config
+from small_runs import parameters as _parameters
+from small_runs import trainer as _trainer
 
 from bco_fast import FeedbackTrainer, bco_loss
 from bco_fast.data.batch import collate

@@ -7,9 +7,9 @@ import pytest
 import ranks
 import tiny
 import torch
-from runs import TOKENIZER, reward_error
-from runs import config as _config
-from runs import parameters as _parameters
+from small_runs import TOKENIZER, reward_error
+from small_runs import config as _config
+from small_runs import parameters as _parameters
 
 from bco_fast import FeedbackTrainer, losses
 from bco_fast.data.batch import collate

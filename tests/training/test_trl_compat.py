@@ -5,7 +5,7 @@ import logging
 import pytest
 import tiny
 from peft import LoraConfig
-from runs import TOKENIZER
+from small_runs import TOKENIZER
 
 from bco_fast import BCOConfig, BCOTrainer
 

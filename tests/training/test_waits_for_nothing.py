@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import tiny
 import torch
-from runs import TOKENIZER, config
+from small_runs import TOKENIZER, config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
