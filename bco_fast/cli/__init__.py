@@ -40,12 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _sigterm():
             return _run(arguments)
-    except Terminated as stop:
-        print(f"\nbco-fast: terminated; {stop or 'nothing was left half written'}", file=sys.stderr)
-        return 143
     except KeyboardInterrupt as stop:
-        print(f"\nbco-fast: interrupted; {stop or 'nothing was left half written'}", file=sys.stderr)
-        return 130
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nbco-fast: {word}; {stop or 'nothing was left half written'}", file=sys.stderr)
+        return code
     except BrokenPipeError:  # as in `bco-fast train --help | head`: the reader has what it wanted
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

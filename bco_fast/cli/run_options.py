@@ -142,16 +142,17 @@ def checkpoint_to_resume(config) -> str | bool | None:
 
 
 def run(trainer, resume_from_checkpoint) -> None:
-    """Train; what stops it and the user can fix is one line."""
+    """Train; what stops it and the user can fix is one line. A signal stops it with a checkpoint."""
     from ..training.checkpoints import CheckpointError
     from ..training.finite import TrainingDiverged
     from ..training.record import remove_run
+    from .stopping import StopAfterStep
 
     if trainer.args.overwrite_output_dir and not resume_from_checkpoint and trainer.is_world_process_zero():
         remove_run(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
     try:
-        with usage_errors(CheckpointError):
+        with usage_errors(CheckpointError), StopAfterStep(trainer):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except TrainingDiverged as error:
         raise DivergedError(str(error)) from None

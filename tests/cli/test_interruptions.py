@@ -9,13 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
+import small_runs
 import tiny
 from small_runs import TOKENIZER
 
 from bco_fast import cli
+from bco_fast.cli.common import Terminated
+from bco_fast.cli.stopping import StopAfterStep
 from bco_fast.files import atomic_path, final_name
+from bco_fast.training.checkpoints import examine
 
 RUN = ["train", "--model", "m", "--data", "f.jsonl", "--output_dir", "out", "--cache_dir", "cache", "--max_length", "32", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"]  # fmt: skip
+
+ONLINE = ["online", "--model", "m", "--prompts", "p.jsonl", "--reward", "builtins:len", "--output_dir", "out", "--max_length", "32", "--max_steps", "1", "--use_cpu", "true", "--report_to", "none"]  # fmt: skip
 
 
 @pytest.fixture
@@ -33,9 +40,10 @@ def world(tmp_path, monkeypatch):
 
 # Where each command does its work, and a signal arrives.
 COMMANDS = {
-    "train": (RUN, "transformers.Trainer.training_step"),
+    "train, before the first step": (RUN, "bco_fast.training.trainer.FeedbackTrainer._check_start"),
     "train, loading": (RUN, "bco_fast.models.load.load_model"),
     "train, the reference": (RUN, "bco_fast.reference.fill.token_logps"),
+    "online": (ONLINE, "bco_fast.online.rewards.load_reward"),
     "generate": (["generate", "--model", "m", "--prompts", "p.jsonl", "--output", "c.jsonl", "--max_new_tokens", "2"], "bco_fast.evaluation.generate.draw"),
     "judge": (["judge", "a.jsonl", "b.jsonl", "--reward", "m"], "bco_fast.online.rewards.load_reward"),
     "shifts": (["shifts", "--model", "m", "--ref_model", "m", "--data", "f.jsonl", "--output_dir", "s", "--max_length", "32"], "bco_fast.evaluation.shifts.collate"),
@@ -64,23 +72,119 @@ def test_a_signal_is_one_line(world, monkeypatch, capfd, command, number, code, 
     assert not list(world.rglob(".*.tmp"))
 
 
-def test_an_interrupted_run_says_how_to_continue_and_does(world, monkeypatch, capfd):
+@pytest.fixture
+def signals(monkeypatch):
+    """Signals that arrive inside training steps: {step: numbers}, counted from 1 over all runs of a test."""
     from transformers import Trainer
 
-    real, steps = Trainer.training_step, []
+    real, steps, sent = Trainer.training_step, [], {}
 
-    def third(self, *arguments, **options):
+    def training_step(self, *arguments, **options):
         steps.append(0)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in sent.get(len(steps), ()):
+            os.kill(os.getpid(), number)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "training_step", third)
-    assert cli.main(RUN) == 143
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    sent["steps"] = steps
+    return sent
+
+
+def _end_of(folder):
+    """The weights, and the log without its times."""
+    log = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    timed = ("runtime", "per_second", "train_loss")
+    return (Path(folder) / "model.safetensors").read_bytes(), [
+        {name: value for name, value in line.items() if not name.endswith(timed)} for line in log
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_saves_a_checkpoint(world, signals, capfd, number, code):
+    run = [*RUN, "--logging_steps", "2", "--save_steps", "5"]
+    signals[3] = [number]
+    assert cli.main(run) == code
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-3"]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("bco-fast")]
+    assert len(said) == 2
+    assert "a checkpoint is saved at the end of this step" in said[0]
+    assert said[1].endswith("; continue from out/checkpoint-3 with --resume_from_checkpoint true")
+    if number == signal.SIGTERM:
+        return
+    assert cli.main(run) == 2  # the same command again
+    said = capfd.readouterr().err
+    assert "holds an interrupted run, up to checkpoint-3: continue it with --resume_from_checkpoint true" in said
+    assert cli.main([*run, "--resume_from_checkpoint", "true"]) == 0
+    assert len(signals["steps"]) == 6
+    assert cli.main([*run, "--output_dir", "whole"]) == 0
+    assert _end_of("out") == _end_of("whole")
+
+
+def test_the_second_interrupt_stops_at_once(world, signals, capfd):
+    """A SIGTERM between the two, as torchrun sends it, does not."""
+    signals[4] = [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    assert cli.main(RUN) == 130
+    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == ["checkpoint-2"]
     assert "continue from out/checkpoint-2 with --resume_from_checkpoint true" in capfd.readouterr().err
-    assert cli.main([*RUN, "--resume_from_checkpoint", "true"]) == 0
-    assert json.loads(capfd.readouterr().out.splitlines()[-1])["steps"] == 6
-    assert len(steps) == 3 + 1 + 4
+
+
+def test_a_run_without_resumable_checkpoints_stops_at_once(world, signals, capfd):
+    signals[4] = [signal.SIGTERM]
+    assert cli.main([*RUN, "--save_only_model", "true"]) == 143
+    assert len(signals["steps"]) == 4
+    assert not Path("out/checkpoint-4").exists()
+
+
+def _interrupted_on_rank_1(rank, world, folder):
+    made = small_runs.trainer(Path(folder), max_steps=6, save_strategy="no")
+    real = made.training_step
+
+    def training_step(*arguments, **options):
+        if rank == 1 and made.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    made.training_step = training_step
+    try:
+        with StopAfterStep(made):
+            made.train()
+    except Terminated:
+        return made.state.global_step
+    return None
+
+
+@pytest.mark.slow
+def test_ranks_stop_at_the_same_step(tmp_path):
+    assert ranks.run(_interrupted_on_rank_1, 2, tmp_path, str(tmp_path)) == [3, 3]
+    assert examine(tmp_path / "out/checkpoint-3").problem is None
+
+
+LOADERS = """
+import os, signal, sys
+from bco_fast import cli
+from transformers import Trainer
+
+real = Trainer.training_step
+
+def training_step(self, *arguments, **options):
+    if self.state.global_step == 2:
+        os.killpg(0, int(sys.argv[1]))  # as a terminal or a scheduler does
+    return real(self, *arguments, **options)
+
+Trainer.training_step = training_step
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_loaders_workers_too(world, number, code):
+    command = [sys.executable, "-c", LOADERS, str(int(number)), *RUN, "--dataloader_num_workers", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, start_new_session=True)
+    assert ended.returncode == code, ended.stderr
+    assert "continue from out/checkpoint-3 with --resume_from_checkpoint true" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("a checkpoint is saved") == 1
 
 
 def _shell(line, **environment):
