@@ -18,7 +18,8 @@
     ref_token_logps        [K] float32, where the items have them
     counts                 [3] int64: thumbs up, thumbs down, completion tokens of thumbs up; of pairs: pairs, 0, tokens of
                            the chosen completions
-    kl_...                 the same form for KTO's mismatched completions
+    kl_...                 the same form for KTO's mismatched completions; `collate(continued=True)` leaves out their prompts
+                           where the batch has them
     placeholder            True in a batch that counts for nothing; otherwise absent
 
 Shared batches hold every prompt once, however many of its completions are in the batch: prompt, y1, y2, next prompt, ...
@@ -30,7 +31,6 @@ nothing on the device has to be.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -47,29 +47,44 @@ Batch = dict[str, Tensor]
 
 
 class Segment(NamedTuple):
-    """A run of tokens [start, stop), and the tokens [start, stop) of the prompt that it continues, if it is not one."""
+    """A run of tokens [start, stop), and the tokens [start, stop) that it continues, if any: of its own row, or of the row
+    that `Segments.continues`."""
 
     start: int
     stop: int
     prompt: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segments:
     """The runs that make up a row of tokens, in order. They stay on the host, whatever moves the batch."""
 
     parts: tuple[Segment, ...]
+    continues: Segments | None = None
+    """Of the row, computed before this one, whose tokens these runs continue; None: of this row."""
+    continued: bool = False
+    """Another row continues this one."""
     visits: list[int | None] = field(default_factory=list, compare=False)
     """The layers whose attention has read them; see `training.sharing`."""
+    kept: dict[object, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
+    """Of a row that is continued, its keys and values in each attention layer, until that other row is computed."""
 
 
-def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *, layout: Layout = "padded") -> Batch:
+def collate(
+    items: Sequence[Item | tuple[Item, Item]],
+    pad_token_id: int = 0,
+    *,
+    layout: Layout = "padded",
+    continued: bool = False,
+) -> Batch:
     """Items of a `FeedbackDataset` as one batch, in the form described above.
 
     Args:
         items: examples with what the reference said about them; or pairs of these, chosen first.
         pad_token_id: fills the end of shorter sequences; no completion token can see it.
         layout: pad sequences to one length; or lay them end to end ("packed"), every prompt once ("shared").
+        continued: of a shared batch, KTO's mismatched completions continue the prompts of the batch, with the keys and
+            values that its forward pass leaves behind. They can only be computed after it and before its backward.
     """
     paired = not isinstance(items[0][0], Example)
     if paired:
@@ -91,9 +106,12 @@ def collate(items: Sequence[Item | tuple[Item, Item]], pad_token_id: int = 0, *,
         token_logps = np.concatenate([item.ref_token_logps for item in items])
         batch["ref_token_logps"] = torch.from_numpy(token_logps.astype(np.float32))
     if items[0].mismatched is not None:
-        others = [item.mismatched for item in items]
-        kl = collate_tokens([other.example for other in others], pad_token_id, layout=layout)
-        kl["ref_logps"] = torch.tensor([other.ref_logps for other in others], dtype=torch.float32)
+        others = [item.mismatched.example for item in items]
+        if continued and layout == "shared":
+            kl = _continuing(batch, examples, others)
+        else:
+            kl = collate_tokens(others, pad_token_id, layout=layout)
+        kl["ref_logps"] = torch.tensor([item.mismatched.ref_logps for item in items], dtype=torch.float32)
         batch |= {f"kl_{name}": value for name, value in kl.items()}
     return batch
 
@@ -111,11 +129,17 @@ def collate_tokens(examples: Sequence[Example], pad_token_id: int = 0, *, layout
     batch, positions = _LAYOUTS[layout]([examples[i] for i in kept], pad_token_id)
     at = dict(zip(kept, positions, strict=True))
     places = [at[h][e.completion_start - 1 : len(e) - 1] for h, e in zip(host, examples, strict=True)]
-    batch["rows"] = torch.from_numpy(np.concatenate(places))
+    return batch | _predictions(examples, places)
+
+
+def _predictions(examples: Sequence[Example], places: Sequence[np.ndarray]) -> Batch:
+    """Which positions predict which tokens of the completions."""
     targets = np.concatenate([example.input_ids[example.completion_start :] for example in examples])
-    batch["targets"] = torch.from_numpy(targets.astype(np.int64))
-    batch["cu_completions"] = torch.from_numpy(_cumulative([len(place) for place in places]).astype(np.int32))
-    return batch
+    return {
+        "rows": torch.from_numpy(np.concatenate(places)),
+        "targets": torch.from_numpy(targets.astype(np.int64)),
+        "cu_completions": torch.from_numpy(_cumulative([len(place) for place in places]).astype(np.int32)),
+    }
 
 
 def hosts(examples: Sequence[Example]) -> list[int]:
@@ -155,52 +179,76 @@ def _padded(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list
 
 
 def _packed(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
-    cu_lengths = _cumulative([len(example) for example in examples])
-    cu, longest = torch.from_numpy(cu_lengths.astype(np.int32)), max(map(len, examples))
-    batch = _row(
-        [example.input_ids for example in examples],
-        [np.arange(len(example)) for example in examples],
-        [Segment(start, stop) for start, stop in itertools.pairwise(cu_lengths.tolist())],
-    )
-    batch |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
-    return batch, [np.arange(start, stop) for start, stop in itertools.pairwise(cu_lengths)]
+    cu = torch.from_numpy(_cumulative([len(example) for example in examples]).astype(np.int32))
+    longest = max(map(len, examples))
+    row = _Row()
+    positions = [row.add(example.input_ids) for example in examples]
+    lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
+    return row.batch() | lengths, positions
 
 
 def _shared(examples: Sequence[Example], pad_token_id: int) -> tuple[Batch, list[np.ndarray]]:
     groups: dict[bytes, list[int]] = {}
     for i, example in enumerate(examples):
         groups.setdefault(example.prompt_key, []).append(i)
-    ids, offsets, parts = [], [], []
+    row = _Row()
     positions: list[np.ndarray] = [np.empty(0)] * len(examples)
-
-    def add(tokens: np.ndarray, offset: int, prompt: tuple[int, int] | None = None) -> np.ndarray:
-        start = parts[-1].stop if parts else 0
-        ids.append(tokens)
-        offsets.append(np.arange(offset, offset + len(tokens)))
-        parts.append(Segment(start, start + len(tokens), prompt))
-        return np.arange(start, start + len(tokens))
-
     for members in groups.values():
         first, length = examples[members[0]].input_ids, examples[members[0]].completion_start
         if len(members) == 1:  # nothing is shared, so prompt and completion are one run
-            positions[members[0]] = add(first, 0)
+            positions[members[0]] = row.add(first)
             continue
-        prompt = add(first[:length], 0)
+        prompt = row.add(first[:length])
         for i in members:
-            completion = add(examples[i].input_ids[length:], length, (int(prompt[0]), int(prompt[-1]) + 1))
+            completion = row.add(examples[i].input_ids[length:], length, (int(prompt[0]), int(prompt[-1]) + 1))
             positions[i] = np.concatenate([prompt, completion])
-    return _row(ids, offsets, parts), positions
+    return row.batch(), positions
+
+
+def _continuing(batch: Batch, examples: Sequence[Example], others: Sequence[Example]) -> Batch:
+    """Other completions of the same prompts, without the prompts: of each, the last token alone is computed again, because
+    it predicts the first token of the completion. A prompt that was cut differently, or that a judged turn of a chat does
+    not have in one run, is computed whole."""
+    row, places = _Row(), []
+    batch["segments"].continued = True
+    position_ids = batch["position_ids"][0].numpy()
+    ends = batch["rows"][batch["cu_completions"][:-1].long()].numpy() + 1
+    for example, other, end in zip(examples, others, ends.tolist(), strict=True):
+        length = example.completion_start
+        in_one_run = np.array_equal(position_ids[end - length : end], np.arange(length))
+        if in_one_run and other.prompt_key == example.prompt_key:
+            place = row.add(other.input_ids[length - 1 :], length - 1, (end - length, end - 1))
+        else:
+            place = row.add(other.input_ids)[other.completion_start - 1 :]
+        places.append(place[:-1])
+    return row.batch(continues=batch["segments"]) | _predictions(others, places)
 
 
 _LAYOUTS = {"padded": _padded, "packed": _packed, "shared": _shared}
 
 
-def _row(ids: list[np.ndarray], positions: list[np.ndarray], parts: list[Segment]) -> Batch:
-    return {
-        "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
-        "segments": Segments(tuple(parts)),
-    }
+class _Row:
+    """A row of tokens in the making."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.offsets: list[np.ndarray] = []
+        self.parts: list[Segment] = []
+
+    def add(self, tokens: np.ndarray, offset: int = 0, prompt: tuple[int, int] | None = None) -> np.ndarray:
+        """One run, whose first token has this position in its sequence; -> places in the row."""
+        start = self.parts[-1].stop if self.parts else 0
+        self.ids.append(tokens)
+        self.offsets.append(np.arange(offset, offset + len(tokens)))
+        self.parts.append(Segment(start, start + len(tokens), prompt))
+        return np.arange(start, start + len(tokens))
+
+    def batch(self, continues: Segments | None = None) -> Batch:
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(self.ids).astype(np.int64))[None],
+            "position_ids": torch.from_numpy(np.concatenate(self.offsets).astype(np.int64))[None],
+            "segments": Segments(tuple(self.parts), continues),
+        }
 
 
 def layout_tokens(examples: Iterable[Example], layout: Layout) -> int:
@@ -213,6 +261,11 @@ def layout_tokens(examples: Iterable[Example], layout: Layout) -> int:
         return sum(map(len, kept))
     prompts = {example.prompt_key: example.completion_start for example in kept}
     return sum(prompts.values()) + sum(len(example) - example.completion_start for example in kept)
+
+
+def continued(batch: Mapping[str, Tensor]) -> bool:
+    """Whether mismatched completions need what the forward pass on this batch leaves behind."""
+    return "segments" in batch and batch["segments"].continued
 
 
 def mismatched_batch(batch: Mapping[str, Tensor]) -> Batch:

@@ -4,6 +4,8 @@ A segment is a run of tokens and the prompt that it continues, if any (`data.bat
 and to itself, causally aligned to the lower right. So a prompt that several completions share is computed once, packed
 sequences need no FlashAttention to be kept apart, and no [T, T] mask exists.
 
+A row may also continue the runs of a row that was computed before: their keys and values are kept for it, layer by layer.
+
 The model's own attention function (SDPA, eager, FlashAttention) runs on each segment, so grouped queries, softcaps, sinks
 and dropout are the model's. The segments travel as an attribute of a four-dimensional attention mask, because every model
 hands such a mask to its layers untouched, also when a checkpointed layer runs again in the backward.
@@ -30,6 +32,7 @@ PREFIX = "segments|"
 
 def segment_mask(segments: Segments, device: torch.device) -> Tensor:
     """The attention mask that carries segments to the layers."""
+    segments.kept = {} if segments.continued else None
     mask = torch.empty((1, 1, 1, segments.parts[-1].stop), dtype=torch.bool, device=device)
     mask.segments = segments
     mask.masks = {}  # made by the first layer that needs them, used by all
@@ -66,13 +69,20 @@ def _attention(base: str) -> Callable:
         for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             options.pop(name, None)  # they describe the whole row
         outputs = []
-        attention_mask.segments.visits.append(getattr(module, "layer_idx", None))
-        for segment in attention_mask.segments.parts:
+        segments = attention_mask.segments
+        segments.visits.append(getattr(module, "layer_idx", None))
+        before = key, value
+        if segments.continues is not None:
+            before = segments.continues.kept.pop(module)
+        if segments.kept is not None:
+            segments.kept[module] = key.detach(), value.detach()
+        for segment in segments.parts:
             here = slice(segment.start, segment.stop)
             keys, values = key[:, :, here], value[:, :, here]
             if segment.prompt is not None:
                 prompt = slice(*segment.prompt)
-                keys, values = (torch.cat([x[:, :, prompt], y], dim=2) for x, y in ((key, keys), (value, values)))
+                keys = torch.cat([before[0][:, :, prompt], keys], dim=2)
+                values = torch.cat([before[1][:, :, prompt], values], dim=2)
             mask = None  # FlashAttention is causal to the lower right, and reads the window itself
             if not base.startswith("flash"):
                 window = options.get("sliding_window")

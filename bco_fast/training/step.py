@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, mismatched_batch
+from ..data.batch import Batch, continued, mismatched_batch
 from ..losses.sequence import sequence_logps
 from ..models.patch import completion_logps
 from ..reference.ranks import all_reduce
@@ -30,7 +30,7 @@ class Step:
     micro_batches: Tensor | int = 1
     """Micro-batches of all ranks, without placeholders."""
     z_ref: Tensor | None = None
-    """Mean log-ratio of the mismatched completions, before it is clamped; known once the step has begun."""
+    """Mean log-ratio of the mismatched completions, before it is clamped; known once `reference_point` has run."""
     begun: bool = False
 
     @classmethod
@@ -40,6 +40,20 @@ class Step:
         filled = sum("placeholder" not in batch for batch in batches)
         *counts, filled = all_reduce(torch.cat([counts, counts.new_full((1,), filled)]))
         return cls(batches, torch.stack(counts), filled)
+
+    def begin(self, model: nn.Module, *, mismatched: bool) -> bool:
+        """Before the forward pass of a micro-batch; -> whether it is the first one."""
+        begins, self.begun = not self.begun, True
+        if begins and mismatched and not any(map(continued, self.batches)):
+            self.reference_point(model)
+        return begins
+
+    def reference_point(self, model: nn.Module) -> Tensor:
+        """`z_ref`, computed by the first call. Where mismatched completions continue the prompts of the step's only
+        micro-batch, that call comes after its forward pass."""
+        if self.z_ref is None:
+            self.z_ref = mean_log_ratio(model, self.batches)
+        return self.z_ref
 
     @classmethod
     def alone(cls, batch: Batch) -> Step:
@@ -66,4 +80,9 @@ def mean_log_ratio(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 def mismatched_log_ratios(model: nn.Module, batch: Batch) -> Tensor:  # [B] float64
     """Log-ratio of each mismatched completion of a batch, nats."""
     kl = mismatched_batch(batch)
-    return (completion_sums(model, kl) - kl["ref_logps"]).double()
+    if continued(batch):  # a second pass through DDP would write into buffers that the backward of the first one reads
+        model = getattr(model, "module", model)
+    sums = completion_sums(model, kl)
+    if continued(batch):
+        batch["segments"].kept = None  # a checkpointed layer, run again in the backward, has nobody to keep them for
+    return (sums - kl["ref_logps"]).double()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from .references import prepare_reference
 from .resume import WholeCheckpoints
 from .sharing import choose_layout
 from .state import FeedbackState
-from .step import Step, completion_sums, mean_log_ratio, mismatched_log_ratios
+from .step import Step, completion_sums, mismatched_log_ratios
 
 logger = logging.getLogger("bco_fast")
 
@@ -119,7 +120,8 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     # ---- data
 
     def _collate(self, items) -> Batch:
-        return collate(items, self.pad_token_id, layout=self.layout)
+        alone = self.args.gradient_accumulation_steps == 1  # z_ref is the step's, so it must not wait for other batches
+        return collate(items, self.pad_token_id, layout=self.layout, continued=alone)
 
     def _dataset(self, source, args: FeedbackConfig, tokenizer, **options) -> FeedbackDataset | None:
         """Tokenized rows of the kind that the objective reads."""
@@ -193,13 +195,10 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the step's loss; a batch that comes without a step is one."""
         step = num_items_in_batch if isinstance(num_items_in_batch, Step) else Step.alone(inputs)
-        begins, step.begun = not step.begun, True
-        if begins and self.objective.mismatched:
-            step.z_ref = mean_log_ratio(model, step.batches)
-        training = torch.is_grad_enabled()
+        begins, training = step.begin(model, mismatched=self.objective.mismatched), torch.is_grad_enabled()
         self.finite.begin(inputs["index"])
         with offload_activations() if self.args.activation_offloading and training else contextlib.nullcontext():
-            out, aux_loss = self._run(model, inputs, step.z_ref, observe=training)
+            out, aux_loss = self._run(model, inputs, lambda: step.reference_point(model), observe=training)
         loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
         filled = "placeholder" not in inputs
         if training:
@@ -215,14 +214,14 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         return (loss, out) if return_outputs else loss
 
     def _run(
-        self, model: nn.Module, batch: Batch, z_ref: Tensor | None, observe: bool
+        self, model: nn.Module, batch: Batch, z_ref: Callable[[], Tensor], observe: bool
     ) -> tuple[LossOutput, Tensor | None]:
         """The objective on one batch, and the load-balancing loss of a mixture of experts."""
         head = forward_logps(model, batch, return_entropy=self.objective.per_token)
         filled = "placeholder" not in batch
         out = self.objective.run(
-            head.logps, batch, self.settings, entropy=head.entropy, z_ref=z_ref, shift=self.feedback.shift,
-            observe=observe and filled,
+            head.logps, batch, self.settings, entropy=head.entropy, z_ref=z_ref() if self.objective.mismatched else None,
+            shift=self.feedback.shift, observe=observe and filled,
         )  # fmt: skip
         if observe and not filled and self.objective.shift:  # no rewards, but the other ranks' all-reduce waits for us
             self.feedback.shift.observe(out.rewards[:0], batch["label"][:0])
@@ -238,12 +237,12 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            ratios = mismatched_log_ratios(model, inputs) if self.objective.mismatched else None
-            out, _ = self._run(model, inputs, None if ratios is None else ratios.mean(), observe=False)
+            ratios = functools.cache(lambda: mismatched_log_ratios(model, inputs))  # once the batch itself has run
+            out, _ = self._run(model, inputs, lambda: ratios().mean(), observe=False)
         if prediction_loss_only:
             return out.loss, None, None
         # The loss is left to `_eval_metrics`, which knows the class sizes and z_ref of the whole set.
-        return None, *evaluation_rows(out, inputs, ratios)
+        return None, *evaluation_rows(out, inputs, ratios() if self.objective.mismatched else None)
 
     def _eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         columns, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)

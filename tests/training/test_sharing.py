@@ -22,6 +22,7 @@ from bco_fast.models.patch import completion_logps
 from bco_fast.reference.fill import fill
 from bco_fast.reference.identity import reference_id
 from bco_fast.training.checks import check_layout
+from bco_fast.training.step import mismatched_log_ratios
 
 EXACT = [name for name in FAMILIES if name != "gptj"]  # which takes no attention interface
 
@@ -86,6 +87,14 @@ CASES = [
 ]
 
 
+def _mismatched(examples):
+    """Each with the completion of another prompt; one prompt was cut, so the batch does not have it."""
+    turned = [np.concatenate([a.input_ids[: a.completion_start], b.input_ids[b.completion_start :]]) for a, b in zip(examples, [*examples[1:], examples[0]], strict=True)]  # fmt: skip
+    others = [Example(ids, e.completion_start, False, 1.0) for ids, e in zip(turned, examples, strict=True)]
+    others[3] = Example(others[3].input_ids[2:], others[3].completion_start - 2, False, 1.0)
+    return [Item(e, 0.0, mismatched=Item(other, -1.0)) for e, other in zip(examples, others, strict=True)]
+
+
 @pytest.mark.parametrize(("family", "attention", "window"), CASES)
 def test_log_probabilities_and_gradients_of_every_family(family, attention, window):
     config_class, options = FAMILIES[family]
@@ -96,13 +105,20 @@ def test_log_probabilities_and_gradients_of_every_family(family, attention, wind
         if layout != "padded":
             use_segments(model)
         model.zero_grad()
-        logps = completion_logps(model, collate([(e, 0.0) for e in _examples()], 1, layout=layout))
+        batch = collate(_mismatched(_examples()), 1, layout=layout, continued=True)
+        logps = completion_logps(model, batch)
+        with torch.no_grad():
+            ratios = mismatched_log_ratios(model, batch)
         logps.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((logps.detach(), gradient))
-    (expected, gradient), *others = found
-    for logps, other in others:
+        found.append((logps.detach(), ratios, gradient))
+    assert (
+        batch["kl_input_ids"].shape[1] == sum(batch["kl_cu_completions"].diff()) + len(_examples()) + 6
+    )  # the cut prompt
+    (expected, ratios, gradient), *others = found
+    for logps, other_ratios, other in others:
         assert (logps - expected).abs().max() <= 1e-5
+        assert (other_ratios - ratios).abs().max() <= 2e-5
         assert (other - gradient).norm() <= 1e-5 * gradient.norm()
     use_segments(model, False)
     assert not knows_segments(model.config)
@@ -145,6 +161,30 @@ def test_a_step_of_every_objective(tmp_path, name):
                 assert math.isclose(line[key], shared_line[key], rel_tol=1e-4, abs_tol=1e-4), key
     for key, tensor in weights.items():
         assert (shared_weights[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointed"])
+def test_mismatched_completions_continue_the_prompts_of_the_batch(tmp_path, options):
+    rows, found = _several("kto"), []
+    for apart in (True, False):
+        trainer = FeedbackTrainer(
+            tiny.model(), config(tmp_path, loss_type="kto", share_prompts="true", max_steps=3, optim="sgd", learning_rate=3e-2, **options), rows, rows[:6],
+            processing_class=TOKENIZER,
+        )  # fmt: skip
+        trainer.get_train_dataloader()
+        if apart:
+            trainer.data_collator = functools.partial(collate, pad_token_id=1, layout="shared")
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+        assert (batch["kl_input_ids"].shape[1] < batch["kl_cu_completions"][-1] + 9) is not apart
+        trainer.train()
+        found.append((trainer.state.log_history, trainer.evaluate(), parameters(trainer)))
+    (lines, metrics, weights), (other_lines, other_metrics, other_weights) = found
+    assert lines[2]["kl"] > 0.01
+    for line, other in zip([*lines, metrics], [*other_lines, other_metrics], strict=True):
+        for key in line.keys() & {"loss", "grad_norm", "kl", "logps/chosen", "eval_loss", "eval_rewards/chosen"}:
+            assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-4), key
+    for key, tensor in weights.items():
+        assert (other_weights[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
 
 
 @pytest.mark.parametrize(
