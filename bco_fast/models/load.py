@@ -86,12 +86,12 @@ def _quantization(config: FeedbackConfig):
 def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> nn.Module:
     """Wrap the model with `peft_config`, or LoRA as `config` says; the base without the adapter is then the reference."""
     try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ImportError("use_peft needs peft: pip install peft") from None
 
-    if config.load_in_4bit or config.load_in_8bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    # Not peft's prepare_model_for_kbit_training: it makes everything that is not quantised float32. The head would lose
+    # the tensor cores, and a cache that was built in the stored dtype would be another model's.
     if peft_config is None:
         names = [name.strip() for name in config.lora_target_modules.split(",")]
         saved = [name.strip() for name in config.lora_modules_to_save.split(",") if name.strip()]

@@ -1,12 +1,13 @@
 """Which parameters are trained, and where their activations lie: adapters, dtypes, checkpointing, long context."""
 
+import copy
 import logging
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from small_runs import TOKENIZER, reward_error
 from small_runs import config as _config
 from torch import nn
@@ -14,9 +15,10 @@ from torch import nn
 from bco_fast import FeedbackTrainer, patch_model
 from bco_fast.data.batch import collate
 from bco_fast.data.dataset import Example
-from bco_fast.models.load import load_model
+from bco_fast.models.load import add_adapter, load_model
 from bco_fast.models.memory import chunk_mlps, offload_activations
 from bco_fast.models.patch import completion_logps
+from bco_fast.reference.identity import reference_id
 
 
 def _batch():
@@ -251,6 +253,23 @@ def test_four_bits_without_bitsandbytes_say_what_is_missing(tmp_path, monkeypatc
     )
     with pytest.raises(ImportError, match="need bitsandbytes"):
         load_model("anywhere", _config(tmp_path, load_in_4bit=True, use_peft=True))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_base_keeps_the_stored_dtype_of_its_head(bits, tmp_path):
+    """`cache build` identifies the model as it was loaded; the head must not lose the tensor cores to float32."""
+    loaded = tiny.model().to(torch.bfloat16)
+    loaded.is_loaded_in_4bit, loaded.is_loaded_in_8bit = bits == "load_in_4bit", bits == "load_in_8bit"
+    built = reference_id(loaded)
+    prepared = prepare_model_for_kbit_training(copy.deepcopy(loaded))
+    assert prepared.lm_head.weight.dtype == torch.float32, "peft no longer does what add_adapter avoids"
+    assert reference_id(prepared) != built
+    config = _config(tmp_path, use_peft=True, lora_r=4, gradient_checkpointing=True, **{bits: True})
+    adapted = patch_model(add_adapter(loaded, config))
+    assert adapted.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert reference_id(adapted) == built
 
 
 @pytest.mark.parametrize(
