@@ -9,14 +9,28 @@ from .common import Parser, UsageError, check_input, check_output, nearest, usag
 
 
 def convert(arguments: list[str]) -> dict:
-    from ..data.convert import FORMATS, RECIPES, convert_file
+    from ..data.convert import FORMATS, RANKINGS, RECIPES, TIES, convert_file
 
     parser = Parser(prog="bco-fast convert", description="Write a dataset's rows as feedback.")
     parser.add_argument("--data", required=True, help="JSONL, JSON, CSV or Parquet file, or a dataset on the Hub")
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument("--to", required=True, choices=["pairs", "binary", "score"], help="kind of feedback")
+    parser.add_argument(
+        "--to", required=True, choices=["pairs", "chosen", "binary", "score", "prompts"], help="kind of rows"
+    )
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--threshold", type=float, help="lowest score of a thumbs up (default: the recipe's)")
+    parser.add_argument(
+        "--rank_by",
+        choices=RANKINGS,
+        help="of helpsteer2's two responses, the chosen one has more: helpfulness, or score, the weighted sum of three "
+        "attributes (default: helpfulness)",
+    )
+    parser.add_argument(
+        "--ties",
+        choices=TIES,
+        help="helpsteer2 to binary: drop prompts whose two responses are equally helpful, as BCO's paper does, or keep "
+        "every response (default: drop)",
+    )
     parser.add_argument("--split", help="of a dataset on the Hub (default: train)")
     parser.add_argument(
         "--format",

@@ -16,15 +16,9 @@ from .run_options import (
 )
 
 
-def online(arguments: list[str]) -> dict:
-    """Everything is read before anything is written."""
-    start = time.perf_counter()
-
-    from ..data.prompts import read_prompts
-    from ..data.sources import FeedbackError
+def parse(arguments: list[str]):
+    """-> (namespace of the options that are not fields of `OnlineConfig`, OnlineConfig)."""
     from ..online.config import OnlineConfig
-    from ..online.rewards import RewardError, load_reward
-    from ..online.trainer import OnlineFeedbackTrainer
 
     own = common.Parser(add_help=False)
     add_run_options(own)
@@ -46,7 +40,19 @@ def online(arguments: list[str]) -> dict:
         help="held-out prompts, sampled after training and at --eval_steps; default: none",
     )
     about = "Align a language model on its own completions, judged by a reward (UNA's online setting)."
-    options, config = parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
+    return parse_run("online", about, own, ("model", "prompts", "reward"), OnlineConfig, arguments)
+
+
+def online(arguments: list[str]) -> dict:
+    """Everything is read before anything is written."""
+    start = time.perf_counter()
+    options, config = parse(arguments)
+
+    from ..data.prompts import read_prompts
+    from ..data.sources import FeedbackError
+    from ..online.rewards import RewardError, load_reward
+    from ..online.trainer import OnlineFeedbackTrainer
+
     config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_input("--prompts", options.prompts)
     common.check_input("--eval_prompts", options.eval_prompts)

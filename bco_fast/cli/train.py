@@ -58,7 +58,8 @@ def train(arguments: list[str]) -> dict:
     if config.cache_dir is not None and config.objective.reference:
         common.check_writable("--cache_dir", config.cache_dir)
     reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale")}
-    limits = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "on_bad_row")}
+    names = ("max_length", "max_prompt_length", "max_completion_length", "on_bad_row")
+    limits = {name: getattr(config, name) for name in names}
     with common.usage_errors(ValueError):
         needs = config.objective.data
         with common.usage_errors(FeedbackError, prefix="--data "):

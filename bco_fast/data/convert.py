@@ -2,20 +2,19 @@
 
     helpsteer2      nvidia/HelpSteer2: prompt, response, helpfulness, correctness, coherence, ... in 0..4; the two responses
                     of a prompt are consecutive rows; later turns of a prompt follow lines "<extra_id_1>Assistant" and
-                    "<extra_id_1>User"                                                          -> pairs, binary, score
+                    "<extra_id_1>User"                                         -> pairs, chosen, binary, score, prompts
     ultrafeedback   openbmb/UltraFeedback: instruction, completions [{response, overall_score}]; or its binarized form
                     (HuggingFaceH4/ultrafeedback_binarized): prompt, chosen, rejected as messages, score_chosen,
-                    score_rejected                                                              -> pairs, binary
-    capybara        argilla/distilabel-capybara-dpo-7k-binarized: chosen, rejected as multi-turn messages -> pairs, binary
-    pairs           prompt, chosen, rejected, as text or messages                               -> pairs, binary
+                    score_rejected                                                      -> pairs, chosen, binary
+    capybara        argilla/distilabel-capybara-dpo-7k-binarized: chosen, rejected as multi-turn messages, likewise
+    pairs           prompt, chosen, rejected, as text or messages                                             likewise
     scores          prompt, completion, score or rating (Likert or any number)                  -> binary by threshold
 
-The two binary rows of a pair are adjacent, thumbs up first, so no stretch of the file holds only one class.
+"chosen" is the thumbs up of each pair, the data of fine-tuning; "prompts" has each prompt once. The two binary rows of a pair are adjacent, thumbs up first, so no stretch of the file holds only one class.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -24,11 +23,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..files import atomic_text
-from .rows import BadRows, as_text, weight_of
-from .sources import FeedbackError, RowError, as_number, as_record, is_hub_name, open_source, shortened
+from .records import LeftOut, answer_of, column_of, messages_of, number_of, pair_of, with_weight
+from .rows import BadRows, as_text
+from .sources import FeedbackError, RowError, as_record, is_hub_name, open_source, shortened
 
 logger = logging.getLogger("bco_fast")
 
@@ -38,10 +37,8 @@ HELPSTEER2_TOP = 4
 HELPSTEER2_THRESHOLD = 4
 """Helpfulness that counts as thumbs up: 4; 3 and less are thumbs down (BCO's setting)."""
 FORMATS = ("auto", "chat", "text")
-
-
-class _LeftOut(Exception):
-    """A valid row that gives no feedback; its argument is the count of `ConvertReport` that it belongs to."""
+RANKINGS = ("helpfulness", "score")
+TIES = ("drop", "keep")
 
 
 @dataclass
@@ -53,11 +50,11 @@ class ConvertReport:
     """Rows written as messages."""
     read: int = 0
     no_preference: int = 0
-    """Left out: both sides equal, in rating or in text."""
+    """Left out: both sides equal, in rating or in text; of HelpSteer2 counted once a prompt."""
     empty: int = 0
     """Left out: a completion without text; UltraFeedback has some."""
     unpaired: int = 0
-    """Left out of pairs: the neighbour with the same prompt is missing."""
+    """Left out: the neighbour with the same prompt is missing."""
     multi_turn: int = 0
     """Left out by format="text"."""
     bad: int = 0
@@ -70,6 +67,8 @@ def convert(
     to: str,
     *,
     threshold: float | None = None,
+    rank_by: str | None = None,
+    ties: str | None = None,
     format: str = "auto",
     on_bad_row: str = "error",
     report: ConvertReport | None = None,
@@ -80,6 +79,10 @@ def convert(
         source: the records, or a file or Hub name to read them from, see `open_source`.
         recipe, to: see the module.
         threshold: the lowest score of a thumbs up; for "scores", and for "helpsteer2" to binary (default 4).
+        rank_by: what decides between the two responses of a prompt, for "helpsteer2" to pairs: "helpfulness" (default;
+            arXiv 2404.04656, section 5.3) or "score", the weighted sum of three attributes (arXiv 2408.15339, section 4).
+        ties: for "helpsteer2" to binary: "drop" (default) keeps the prompts of which pairs are made, those with two
+            responses of different helpfulness (arXiv 2404.04656, section 5.3); "keep" writes every response.
         format: "chat" writes every row as messages, which training renders with the chat template; "text" writes plain
             strings and leaves out conversations of several turns; "auto" writes one turn as text and several as messages.
         on_bad_row: "error" raises at the first row of another schema; "skip" leaves it out, counts and logs it.
@@ -98,16 +101,25 @@ def convert(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     if recipe == "scores" and (threshold is None or not math.isfinite(threshold)):
         raise ValueError("scores needs a threshold: the lowest score that counts as a thumbs up")
+    for name, value, known, where in (
+        ("rank_by", rank_by, RANKINGS, ("helpsteer2", "pairs", "chosen")), ("ties", ties, TIES, ("helpsteer2", "binary")),
+    ):  # fmt: skip
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, not {value!r}")
+        if value is not None and not (recipe == where[0] and to in where[1:]):
+            raise ValueError(f"{name} has no effect on {recipe} to {to}")
     if threshold is not None and (recipe, to) not in (("scores", "binary"), ("helpsteer2", "binary")):
         raise ValueError(f"a threshold has no effect on {recipe} to {to}")
     bad_rows = BadRows(on_bad_row)
-    run = _Run(threshold, ConvertReport() if report is None else report)
+    run = _Run(threshold, rank_by or "helpfulness", ties or "drop", ConvertReport() if report is None else report)
     return _converted(open_source(source, columns.split()).records, targets[to], run, format, bad_rows)
 
 
 @dataclass
 class _Run:
     threshold: float | None
+    rank_by: str
+    ties: str
     report: ConvertReport
     waiting: list[tuple[float, dict]] = field(default_factory=list)
     """HelpSteer2: the first response of a prompt and its rating, until the second follows."""
@@ -119,7 +131,7 @@ def _converted(records: Iterable, target: Callable, run: _Run, format: str, bad_
         report.read += 1
         try:
             rows = [_formatted(row, format) for row in target(as_record(record), run)]
-        except _LeftOut as reason:
+        except LeftOut as reason:
             setattr(report, reason.args[0], getattr(report, reason.args[0]) + 1)
             continue
         except RowError as error:
@@ -144,75 +156,30 @@ def _formatted(row: dict, format: str) -> dict:
             return {**row, "prompt": prompt}
         prompt = [{"role": "user", "content": prompt}]
     elif format == "text":
-        raise _LeftOut("multi_turn")
+        raise LeftOut("multi_turn")
     texts = [name for name in ("completion", "chosen", "rejected") if name in row]
     return {**row, "prompt": prompt, **{name: [{"role": "assistant", "content": row[name]}] for name in texts}}
-
-
-def _column(record: Mapping, name: str) -> Any:
-    if record.get(name) is None:
-        found = shortened(column for column in record if record[column] is not None)
-        raise RowError(f"column {name!r} is missing (found: {found})")
-    return record[name]
-
-
-def _answer(value, name: str) -> str:
-    if not as_text(value, name).strip():
-        raise _LeftOut("empty")
-    return value
-
-
-def _number(record: Mapping, name: str) -> float:
-    """A finite number; in CSV, and in UltraFeedback's ratings, it is text."""
-    value = as_number(_column(record, name))
-    number = math.nan
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an int too large for a float
-            number = float(value)
-    if not math.isfinite(number):
-        raise RowError(f"{name} must be a number, not {str(value)[:40]!r}")
-    return number
-
-
-def _messages(value, name: str) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{name} must be messages, not {type(value).__name__ if value != [] else 'an empty list'}")
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(f"{name} must be messages with a role and a content")
-        as_text(message.get("content"), f"the content of {name}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _pair(prompt, chosen: str, rejected: str) -> dict:
-    if chosen == rejected:
-        raise _LeftOut("no_preference")
-    return {"prompt": prompt, "chosen": _answer(chosen, "chosen"), "rejected": _answer(rejected, "rejected")}
-
-
-def _with_weight(record: Mapping, row: dict) -> dict:
-    return row if record.get("weight") is None else {**row, "weight": weight_of(record)}
 
 
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def _attribute(record: Mapping, name: str) -> float:
-    value = _number(record, name)
+    value = number_of(record, name)
     if not 0 <= value <= HELPSTEER2_TOP:
         raise RowError(f"{name} is {value:g}, outside 0 to {HELPSTEER2_TOP}")
     return value
 
 
 def _helpsteer2(record: Mapping) -> dict:
-    first, *rest = _TURN.split(as_text(_column(record, "prompt"), "prompt"))
+    first, *rest = _TURN.split(as_text(column_of(record, "prompt"), "prompt"))
     prompt: str | list[dict] = first
     if rest:
         turns = zip(["user", *map(str.lower, rest[::2])], [first, *rest[1::2]], strict=True)
         prompt = [{"role": role, "content": content} for role, content in turns]
         if prompt[-1]["role"] != "user":
             raise RowError("prompt ends with the assistant's turn")
-    return {"prompt": prompt, "completion": _answer(_column(record, "response"), "response")}
+    return {"prompt": prompt, "completion": answer_of(column_of(record, "response"), "response")}
 
 
 def helpsteer2_score(record: Mapping) -> float:
@@ -223,18 +190,21 @@ def helpsteer2_score(record: Mapping) -> float:
 
 def _helpsteer2_binary(record: Mapping, run: _Run) -> list[dict]:
     limit = HELPSTEER2_THRESHOLD if run.threshold is None else run.threshold
-    return [{**_helpsteer2(record), "label": _attribute(record, "helpfulness") >= limit}]
+    rated = [(_attribute(record, "helpfulness"), _helpsteer2(record))] if run.ties == "keep" else _both(record, run)
+    return [{**row, "label": rating >= limit} for rating, row in rated]
 
 
 def _helpsteer2_scored(record: Mapping, run: _Run) -> list[dict]:
     return [{**_helpsteer2(record), "score": helpsteer2_score(record)}]
 
 
-def _helpsteer2_pairs(record: Mapping, run: _Run) -> list[dict]:
+def _both(record: Mapping, run: _Run) -> list[tuple[float, dict]]:
+    """(rating, row) of both responses of a prompt, once the second has come; they differ in rating and text."""
     waiting = run.waiting
     try:
-        rated = (_attribute(record, "helpfulness"), _helpsteer2(record))
-    except _LeftOut:
+        row = _helpsteer2(record)
+        rated = (helpsteer2_score(record) if run.rank_by == "score" else _attribute(record, "helpfulness"), row)
+    except LeftOut:
         waiting.clear()
         raise
     if not waiting or waiting[0][1]["prompt"] != rated[1]["prompt"]:
@@ -242,47 +212,62 @@ def _helpsteer2_pairs(record: Mapping, run: _Run) -> list[dict]:
         run.report.unpaired += 1
         return []
     run.report.unpaired -= 1
-    (low, worst), (high, best) = sorted((waiting.pop(), rated), key=lambda r: r[0])
-    if low == high:
-        raise _LeftOut("no_preference")
-    return [_pair(best["prompt"], best["completion"], worst["completion"])]
+    first = waiting.pop()
+    if first[0] == rated[0] or first[1] == rated[1]:
+        raise LeftOut("no_preference")
+    return [first, rated]
+
+
+def _helpsteer2_pair(record: Mapping, run: _Run) -> dict | None:
+    rated = _both(record, run)
+    if not rated:
+        return None
+    (_, worst), (_, best) = sorted(rated, key=lambda r: r[0])
+    return pair_of(best["prompt"], best["completion"], worst["completion"])
+
+
+def _helpsteer2_prompts(record: Mapping, run: _Run) -> list[dict]:
+    row = {"prompt": _helpsteer2(record)["prompt"]}
+    new = not run.waiting or run.waiting[0][1] != row
+    run.waiting[:] = [(0.0, row)]
+    return [row] if new else []
 
 
 def _side(record: Mapping, name: str) -> tuple[list[dict], str]:
     """(the messages before the completion, the completion). The completion's column may hold the whole conversation."""
-    value, prompt = _column(record, name), record.get("prompt")
+    value, prompt = column_of(record, name), record.get("prompt")
     if isinstance(value, str):
         context, text = [], value
     else:
-        *context, last = _messages(value, name)
+        *context, last = messages_of(value, name)
         if last["role"] != "assistant":
             raise RowError(f"the last message of {name} is not the assistant's")
         text = last["content"]
     if isinstance(prompt, list):
-        before = _messages(prompt, "prompt")
+        before = messages_of(prompt, "prompt")
         context = context if context[: len(before)] == before else [*before, *context]
     elif not context:
-        context = [{"role": "user", "content": as_text(_column(record, "prompt"), "prompt")}]
+        context = [{"role": "user", "content": as_text(column_of(record, "prompt"), "prompt")}]
     return context, text
 
 
-def _two_sides(record: Mapping) -> dict:
+def _two_sides(record: Mapping, run: _Run) -> dict:
     (prompt, chosen), (other, rejected) = _side(record, "chosen"), _side(record, "rejected")
     if prompt != other:
         raise RowError("chosen and rejected do not answer the same messages")
-    return _pair(prompt, chosen, rejected)
+    return pair_of(prompt, chosen, rejected)
 
 
-def _weighted_sides(record: Mapping) -> dict:
-    return _with_weight(record, _two_sides(record))
+def _weighted_sides(record: Mapping, run: _Run) -> dict:
+    return with_weight(record, _two_sides(record, run))
 
 
-def _ultrafeedback(record: Mapping) -> dict:
+def _ultrafeedback(record: Mapping, run: _Run) -> dict:
     if "completions" not in record:
-        if _number(record, "score_chosen") == _number(record, "score_rejected"):
-            raise _LeftOut("no_preference")
-        return _two_sides(record)
-    prompt, answers = as_text(_column(record, "instruction"), "instruction"), record["completions"]
+        if number_of(record, "score_chosen") == number_of(record, "score_rejected"):
+            raise LeftOut("no_preference")
+        return _two_sides(record, run)
+    prompt, answers = as_text(column_of(record, "instruction"), "instruction"), record["completions"]
     if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
         raise RowError("completions must be a list of objects")
     rated = []
@@ -291,36 +276,47 @@ def _ultrafeedback(record: Mapping) -> dict:
             raise RowError(f"a completion has no overall_score (found: {shortened(answer)})")
         score = answer["overall_score"]
         if score is not None and score == score:  # null and NaN: the judge gave no score
-            rated.append((_number(answer, "overall_score"), as_text(_column(answer, "response"), "response")))
+            rated.append((number_of(answer, "overall_score"), as_text(column_of(answer, "response"), "response")))
     # max and min keep the first of equals
     best, worst = (choose(rated, key=lambda r: r[0], default=(0.0, "")) for choose in (max, min))
     if best[0] == worst[0]:
-        raise _LeftOut("no_preference")
-    return _pair(prompt, best[1], worst[1])
+        raise LeftOut("no_preference")
+    return pair_of(prompt, best[1], worst[1])
 
 
-def _paired(make: Callable[[Mapping], dict]) -> dict[str, Callable]:
-    """Both targets of a recipe whose records are pairs."""
+def _paired(make: Callable[[Mapping, _Run], dict | None]) -> dict[str, Callable]:
+    """The targets of a recipe whose records are pairs, or become one."""
+
+    def pairs(record: Mapping, run: _Run) -> list[dict]:
+        pair = make(record, run)
+        return [] if pair is None else [pair]
 
     def binary(record: Mapping, run: _Run) -> list[dict]:
-        pair = make(record)
-        chosen, rejected = pair.pop("chosen"), pair.pop("rejected")
-        return [{**pair, "completion": chosen, "label": True}, {**pair, "completion": rejected, "label": False}]
+        return [
+            {**{name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, "completion": pair[side], "label": up}
+            for pair in pairs(record, run)
+            for side, up in (("chosen", True), ("rejected", False))
+        ]  # fmt: skip
 
-    return {"pairs": lambda record, run: [make(record)], "binary": binary}
+    return {"pairs": pairs, "binary": binary, "chosen": lambda record, run: binary(record, run)[:1]}
 
 
 def _scores_binary(record: Mapping, run: _Run) -> list[dict]:
     prompt, completion = _side(record, "completion")
-    score = _number(record, "rating" if record.get("score") is None and "rating" in record else "score")
-    row = {"prompt": prompt, "completion": _answer(completion, "completion"), "label": score >= run.threshold}
-    return [_with_weight(record, row)]
+    score = number_of(record, "rating" if record.get("score") is None and "rating" in record else "score")
+    row = {"prompt": prompt, "completion": answer_of(completion, "completion"), "label": score >= run.threshold}
+    return [with_weight(record, row)]
 
 
 RECIPES: dict[str, tuple[str, dict[str, Callable[[Mapping, _Run], list[dict]]]]] = {
     "helpsteer2": (
         "prompt response helpfulness correctness coherence",
-        {"pairs": _helpsteer2_pairs, "binary": _helpsteer2_binary, "score": _helpsteer2_scored},
+        {
+            **_paired(_helpsteer2_pair),
+            "binary": _helpsteer2_binary,
+            "score": _helpsteer2_scored,
+            "prompts": _helpsteer2_prompts,
+        },
     ),
     "ultrafeedback": (
         "instruction completions prompt chosen rejected score_chosen score_rejected",
@@ -342,7 +338,7 @@ def convert_file(
         source: a JSONL, JSON, CSV or Parquet file, or a Hub name, owner/dataset or owner/dataset:split; only a Hub name
             uses the network.
         split: of the Hub dataset; default: train.
-        options: threshold, format and on_bad_row of `convert`.
+        options: threshold, rank_by, ties, format and on_bad_row of `convert`.
 
     Raises:
         ValueError: output is the source, or there is nothing to write; and what `convert` and `open_source` raise.

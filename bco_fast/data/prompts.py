@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,6 +10,8 @@ from .chat import ChatEncoder, Message, as_messages, as_tools
 from .rows import BadRows, as_text
 from .sources import FeedbackError, RowError, as_record, open_source, shortened
 from .tokenizer import open_ids
+
+logger = logging.getLogger("bco_fast")
 
 Prompt = str | list[Message]
 TEXTS = ("prompt", "instruction", "turns")
@@ -72,6 +75,26 @@ def id_of(record: Mapping) -> str | int | None:
 
 def is_chat(prompt: Prompt) -> bool:
     return not isinstance(prompt, str)
+
+
+def prompts_within(rows: Sequence[dict], tokenizer, limit: int) -> list[tuple[dict, list[int]]]:
+    """(row, token ids) of the prompts of at most `limit` tokens; the others are left out and their number is logged.
+
+    Raises:
+        ValueError: no prompt is left; and what `prompt_ids` raises.
+    """
+    encoded = zip(rows, prompt_ids(rows, tokenizer), strict=True)
+    kept = [(row, tokens) for row, tokens in encoded if len(tokens) <= limit]
+    if not kept:
+        raise ValueError(
+            f"all {len(rows)} prompts have more than {limit} tokens: raise max_length or max_prompt_length, or lower "
+            "max_new_tokens"
+        )
+    if len(kept) < len(rows):
+        logger.warning(
+            "left out %d of %d prompts, which have more than %d tokens", len(rows) - len(kept), len(rows), limit
+        )
+    return kept
 
 
 def prompt_ids(rows: Sequence[Mapping], tokenizer) -> list[list[int]]:

@@ -328,9 +328,17 @@ def unpair(rows: Iterable[FeedbackRow], pairing_ratio: float = 1.0) -> list[Feed
     Args:
         pairing_ratio: share of the pairs that keep both sides; of the others one side, drawn at random, is left out
             (arXiv 2410.04834, Table 6). The draw depends on the pair's text only.
+
+    Raises:
+        ValueError: pairing_ratio is out of range, or below 1 where no row is a pair.
     """
     if not 0 <= pairing_ratio <= 1:
         raise ValueError(f"pairing_ratio must be in [0, 1], not {pairing_ratio}")
+    rows = list(rows)
+    if pairing_ratio < 1 and not any(len(row.completions) == 2 for row in rows):
+        raise ValueError(
+            f"pairing_ratio {pairing_ratio:g} leaves out sides of pairs, and the data has none (chosen, rejected)"
+        )
     return [side for row in rows for side in (_sides(row, pairing_ratio) if len(row.completions) == 2 else [row])]
 
 

@@ -3,8 +3,9 @@
     strings   tok(prompt) + tok(completion, no special tokens) + EOS
     chats     the tokenizer's chat template, see `chat`
 
-The keys of the reference cache depend on these ids. A row longer than `max_length` first loses the beginning of its prompt,
-down to `max_prompt_length` tokens, then the end of its completion (and with it the EOS); both are counted and logged.
+The keys of the reference cache depend on these ids. A completion loses what exceeds `max_completion_length`. A row longer than
+`max_length` then loses the beginning of its prompt, down to `max_prompt_length` tokens, then the end of its completion (and
+with it the EOS). All of it is counted and logged.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def tokenize_rows(
     *,
     max_length: int = 1024,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     on_bad_row: str = "error",
     progress: bool = True,
 ) -> FeedbackDataset:
@@ -105,6 +107,8 @@ def tokenize_rows(
         tokenizer: a Hugging Face tokenizer with an EOS token; for chats with a chat template.
         max_length: tokens of prompt and completion together, >= 2.
         max_prompt_length: tokens that a prompt keeps, from its end, in a row that is too long; None for half of
+            max_length.
+        max_completion_length: tokens that a completion keeps, from its beginning, in any row; None for no limit but
             max_length.
         on_bad_row: as in `read_rows`.
         progress: show a bar if there are many rows.
@@ -118,6 +122,8 @@ def tokenize_rows(
     keep_prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
     if keep_prompt < 1:
         raise ValueError(f"max_prompt_length must be at least 1, not {keep_prompt}")
+    if max_completion_length is not None and max_completion_length < 1:
+        raise ValueError(f"max_completion_length must be at least 1, not {max_completion_length}")
     paired = len(rows) > 0 and len(rows[0].completions) == 2
     if any((len(row.completions) == 2) is not paired for row in rows):
         raise ValueError("rows are pairs or single completions, not both: unpair(rows) makes them one kind")
@@ -128,7 +134,7 @@ def tokenize_rows(
     for block in _blocks(rows, progress):
         for row, prompt, sides in encoder.encode(block):
             whole = len(prompt), sum(map(len, sides))
-            prompt, sides = fit(prompt, sides, max_length, keep_prompt)
+            prompt, sides = fit(prompt, [side[:max_completion_length] for side in sides], max_length, keep_prompt)
             if not all(sides):
                 bad_rows.add(row.where, f"no completion left after truncation to {max_length} tokens")
                 continue
@@ -147,8 +153,9 @@ def tokenize_rows(
     }
     if prompts_cut or completions_cut:
         logger.warning(
-            "max_length=%d cut %d prompts and %d completions of %d rows",
-            max_length, prompts_cut, completions_cut, report["rows"],
+            "max_length=%d%s cut %d prompts and %d completions of %d rows",
+            max_length, "" if max_completion_length is None else f" and max_completion_length={max_completion_length}",
+            prompts_cut, completions_cut, report["rows"],
         )  # fmt: skip
     encoder.warn()
     return FeedbackDataset(examples, report=report, paired=paired)
@@ -202,6 +209,7 @@ def load_feedback(
     score_scale: str | tuple[float, float] | None = None,
     max_length: int = 1024,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     on_bad_row: str = "error",
     progress: bool = True,
 ) -> FeedbackDataset:
@@ -214,6 +222,7 @@ def load_feedback(
         tokenizer,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
         on_bad_row=on_bad_row,
         progress=progress,
     )

@@ -160,7 +160,7 @@ OBJECTIVES: dict[str, Objective] = {
     "una_reward": Objective(una_reward_loss, "rewards", beta=0.03, shift="ema"),
     "bnf": Objective(bnf_loss, "labels", per_token=True),
     "sft": Objective(sft_loss, "labels", reference=False, lengths=True, mean_over_tokens=True),
-    "una_pair": Objective(una_pair_loss, "pairs", beta=0.1),
+    "una_pair": Objective(una_pair_loss, "pairs", beta=0.03),
     "dpo": Objective(dpo_loss, "pairs", beta=0.1),
     "ipo": Objective(ipo_loss, "pairs", beta=0.1, lengths=None),
     "slic": Objective(slic_loss, "pairs", {"slic_delta": "delta", "sft_weight": "sft_weight"}, reference=False),

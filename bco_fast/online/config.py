@@ -27,9 +27,12 @@ class OnlineConfig(FeedbackConfig):
     steps_per_round: int = _option(8, "Optimizer steps on the completions of one round.")
     samples_per_prompt: int = _option(4, "Completions of each prompt in a round.")
     replay_epochs: int = _option(1, "Times a round's completions are trained on within its steps.")
+    max_prompt_length: int | None = _option(
+        None, "Longest prompt, tokens; longer ones are left out and counted. Default: max_length - max_new_tokens."
+    )
     max_new_tokens: int = _option(256, "Longest completion, tokens.")
-    temperature: float = _option(0.7, "Of sampling, > 0.")
-    top_p: float = _option(0.95, "Nucleus of sampling, (0, 1].")
+    temperature: float = _option(1.0, "Of sampling, > 0; 1 is the policy's own distribution.")
+    top_p: float = _option(1.0, "Nucleus of sampling, (0, 1].")
     generation_batch_size: int = _option(64, "Prompts in one call of generate; vLLM makes its own batches.")
     generator: str = _option(
         "hf",
@@ -50,6 +53,10 @@ class OnlineConfig(FeedbackConfig):
         super().__post_init__()
         if self.objective.data == "pairs":
             raise ValueError(f"{self.loss_type} needs pairs; online training samples completions one by one")
+        if self.max_completion_length is not None:
+            raise ValueError(
+                "online training samples its completions: give max_new_tokens instead of max_completion_length"
+            )
         if self.tokens_per_batch is not None:
             raise ValueError("online training cuts its batches by rows: leave tokens_per_batch out")
         if self.max_steps <= 0:

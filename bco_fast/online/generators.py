@@ -26,7 +26,7 @@ class HuggingFaceGenerator:
     """
 
     def __init__(
-        self, tokenizer, *, max_new_tokens: int, temperature: float = 0.7, top_p: float = 0.95, batch_size: int = 64
+        self, tokenizer, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64
     ):
         self.eos, self.pad = tokenizer.eos_token_id, pad_or_eos(tokenizer)
         self.batch_size = batch_size
@@ -72,8 +72,8 @@ class VllmGenerator:
         *,
         max_length: int,
         max_new_tokens: int,
-        temperature: float = 0.7,
-        top_p: float = 0.95,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         gpu_memory_utilization: float = 0.3,
     ):
         try:

@@ -23,7 +23,7 @@ from transformers import Trainer
 from ..data.batch import collate
 from ..data.chat import Message
 from ..data.dataset import Example, FeedbackDataset
-from ..data.prompts import is_chat, prompt_ids, read_prompts
+from ..data.prompts import is_chat, prompts_within, read_prompts
 from ..data.samplers import mismatched
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
@@ -156,10 +156,11 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         )
 
     def _tokenized(self, rows: list[dict]) -> list[tuple[dict, list[int]]]:
-        room = self.args.max_length - self.args.max_new_tokens
+        args = self.args
+        room = args.max_length - args.max_new_tokens
         if room < 1:
-            raise ValueError(f"max_new_tokens {self.args.max_new_tokens} leaves no room for a prompt in max_length")
-        return [(row, tokens[-room:]) for row, tokens in zip(rows, prompt_ids(rows, self.tokenizer), strict=True)]
+            raise ValueError(f"max_new_tokens {args.max_new_tokens} leaves no room for a prompt in max_length")
+        return prompts_within(rows, self.tokenizer, min(room, args.max_prompt_length or room))
 
     def _resident_reference(self, ref_model: nn.Module | None) -> nn.Module | None:
         """The model to keep in memory as reference; None where it is the base of the adapted policy."""

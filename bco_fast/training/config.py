@@ -148,6 +148,9 @@ class FeedbackConfig(TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Tokens that a prompt keeps, from its end, if the row is too long. Default: half of max_length."
     )
+    max_completion_length: int | None = _option(
+        None, "Tokens that a completion keeps, from its beginning, even in a short row. Default: no limit of its own."
+    )
     chat_template: str | None = _option(
         None, "Chat template: the path of a Jinja file, or the template. Default: the tokenizer's."
     )

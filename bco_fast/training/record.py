@@ -41,7 +41,7 @@ _MODELS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 # Always recorded; other options only if they differ from their default.
 _ALWAYS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "max_completion_length", "seed",
 )  # fmt: skip
 # Secrets, and where a run is stored or sent, which concerns no reader of its card.
 _PRIVATE = re.compile(

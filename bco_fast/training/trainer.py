@@ -128,7 +128,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if source is None:
             return None
         if not isinstance(source, FeedbackDataset):
-            names = ("max_length", "max_prompt_length", "on_bad_row", "columns", "score_scale")
+            names = ("max_length", "max_prompt_length", "max_completion_length", "on_bad_row", "columns", "score_scale")
             options |= {name: getattr(args, name) for name in names}
             source = load_feedback(source, tokenizer, needs=self.objective.data, progress=not args.disable_tqdm, **options)  # fmt: skip
         if source.paired is not self.objective.paired:

@@ -79,6 +79,7 @@ class BCOConfig(FeedbackConfig):
         for name, instead in _NEEDLESS.items():
             if getattr(self, name) != defaults[name].default:
                 logger.warning("%s=%r has no effect: %s", name, getattr(self, name), instead)
+        self.max_completion_length = None  # FeedbackConfig's would cut
 
 
 class BCOTrainer(FeedbackTrainer):

@@ -23,6 +23,7 @@ AT_LEAST = {
     "save_total_limit": 1,
     "max_length": 2,
     "max_prompt_length": 1,
+    "max_completion_length": 1,
     "reference_tokens_per_batch": 1,
     "tokens_per_batch": 1,
     "mlp_chunk_tokens": 1,

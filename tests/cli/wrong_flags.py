@@ -43,6 +43,7 @@ TABLE = {
         "lr_scheduler_kwargs": ["{", "3", '{"x":1}'],
         "max_length": ["0", "1", "-5", "65"],
         "max_prompt_length": ["0", "-1"],
+        "max_completion_length": ["0"],
         "eval_fraction": ["nan", "1", "-0.5"],
         "beta": ["nan", "0", "inf"],
         "shift_decay": ["nan", "1", "-1"],

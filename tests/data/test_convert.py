@@ -32,10 +32,69 @@ HELPSTEER2 = [
 
 
 def test_helpsteer2_binary_is_helpfulness_4_up_3_down():
-    rows = list(convert(HELPSTEER2, "helpsteer2", "binary"))
+    rows = list(convert(HELPSTEER2, "helpsteer2", "binary", ties="keep"))
     assert [r["label"] for r in rows] == [True, False, False, False, True, False, True]
     assert rows[0] == {"prompt": "c#", "completion": "good", "label": True}
-    assert [r["label"] for r in convert(HELPSTEER2, "helpsteer2", "binary", threshold=2)] == [True] * 5 + [False, True]
+    lower = convert(HELPSTEER2, "helpsteer2", "binary", ties="keep", threshold=2)
+    assert [r["label"] for r in lower] == [True] * 5 + [False, True]
+
+
+def test_helpsteer2_binary_has_the_prompts_of_the_pairs():
+    """arXiv 2404.04656, section 5.3: "only the prompts used in DPO training are included in the binary signal dataset"."""
+    report = ConvertReport()
+    rows = list(convert(HELPSTEER2, "helpsteer2", "binary", report=report))
+    assert [(r["prompt"], r["label"]) for r in rows] == [("c#", True), ("c#", False), ("poem", False), ("poem", True)]
+    assert (report.read, report.rows, report.no_preference, report.unpaired) == (7, 4, 1, 1)
+    low = [_steer("a", "less", 1), _steer("a", "more", 3)]  # a pair, of which both sides are thumbs down
+    assert [r["label"] for r in convert(low, "helpsteer2", "binary")] == [False, False]
+
+
+def test_helpsteer2_pairs_by_the_weighted_sum():
+    """arXiv 2408.15339, section 4, and 2404.04656, section 5.3, rank the two responses differently."""
+    records = [
+        _steer("a", "helpful", 4, 1, 1),
+        _steer("a", "sound", 3, 4, 4),
+        _steer("b", "x", 2, 3, 2),
+        _steer("b", "y", 2, 1, 2),
+    ]
+    by_score = list(convert(records, "helpsteer2", "pairs", rank_by="score"))
+    assert [(r["chosen"], r["rejected"]) for r in by_score] == [("sound", "helpful"), ("x", "y")]
+    assert [(r["chosen"], r["rejected"]) for r in convert(records, "helpsteer2", "pairs")] == [("helpful", "sound")]
+
+
+def test_chosen_is_the_thumbs_up_of_each_pair():
+    binary, chosen = (
+        list(convert(HELPSTEER2, "helpsteer2", to, **options)) for to, options in (("binary", {}), ("chosen", {}))
+    )
+    assert chosen == [row for row in binary if row["label"]]
+    (row,) = convert(CAPYBARA, "pairs", "chosen", format="chat")
+    assert row == {
+        "prompt": _messages(("user", "hi"), ("assistant", "hello"), ("user", "a fruit?")),
+        "completion": _messages(("assistant", "apple")),
+        "label": True,
+    }
+
+
+def test_helpsteer2_prompts_are_written_once():
+    assert list(convert(HELPSTEER2, "helpsteer2", "prompts")) == [
+        {"prompt": p} for p in ("c#", "sum", "lonely", "poem")
+    ]
+    (row,) = convert(HELPSTEER2[:2], "helpsteer2", "prompts", format="chat")
+    assert row == {"prompt": _messages(("user", "c#"))}
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("binary", {"rank_by": "score"}, "rank_by has no effect on helpsteer2 to binary"),
+        ("pairs", {"ties": "keep"}, "ties has no effect on helpsteer2 to pairs"),
+        ("pairs", {"rank_by": "x"}, "rank_by must be helpfulness or score"),
+        ("binary", {"ties": "x"}, "ties must be drop or keep"),
+    ],
+)
+def test_options_of_helpsteer2_that_do_not_fit(to, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(HELPSTEER2, "helpsteer2", to, **options)
 
 
 def test_helpsteer2_score_is_the_weighted_sum_scaled_to_one():
@@ -153,7 +212,7 @@ def test_every_recipe_names_its_targets():
     for recipe, (_, targets) in RECIPES.items():
         with pytest.raises(ValueError, match=f"{recipe} converts to"):
             list(convert([], recipe, "nothing"))
-        assert set(targets) <= {"pairs", "binary", "score"}
+        assert set(targets) <= {"pairs", "chosen", "binary", "score", "prompts"}
 
 
 def _written(tmp_path, suffix, records):
@@ -182,9 +241,9 @@ def test_files_of_every_kind_through_the_command_line(tmp_path, capsys, suffix):
     data, output = _written(tmp_path, suffix, HELPSTEER2), tmp_path / "out.jsonl"
     arguments = ["convert", "--data", str(data), "--recipe", "helpsteer2", "--to", "binary", "--output", str(output)]
     assert cli.main(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 7
+    assert json.loads(capsys.readouterr().out)["rows"] == 4
     rows = read_rows(output)  # what it writes is what training reads
-    assert [r.label for r in rows] == [True, False, False, False, True, False, True]
+    assert [r.label for r in rows] == [True, False, False, True]
     assert rows[0].completion == "good"
 
 
@@ -260,7 +319,7 @@ def test_the_turns_of_a_helpsteer2_prompt_become_messages(caplog, tmp_path):
 def test_the_example_of_helpsteer2s_card():
     (row,) = convert([_steer("c#", "C# is ...", 3, 4, 4)], "helpsteer2", "score")
     assert row["score"] == round((0.65 * 3 + 0.8 * 4 + 0.45 * 4) / 7.6, 6) == 0.914474
-    (row,) = convert([_steer("c#", "C# is ...", 3, 4, 4)], "helpsteer2", "binary")
+    (row,) = convert([_steer("c#", "C# is ...", 3, 4, 4)], "helpsteer2", "binary", ties="keep")
     assert row["label"] is False
 
 
@@ -295,7 +354,7 @@ def test_bad_rows_can_be_left_out(caplog):
     rows = list(convert(records, "helpsteer2", "pairs", on_bad_row="skip", report=report))
     assert [row["chosen"] for row in rows] == ["good"]
     assert (report.read, report.rows, report.bad, report.unpaired) == (4, 1, 2, 0)
-    assert "row 1: column 'helpfulness'" in caplog.text
+    assert "row 1: column 'response'" in caplog.text
 
 
 def test_likert_ratings_and_weights():

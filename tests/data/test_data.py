@@ -65,6 +65,10 @@ def test_truncation_keeps_the_end_of_the_prompt_then_cuts_the_completion(caplog)
     assert "cut 1 prompts and 1 completions" in caplog.text
     wider = load_feedback([row], TOKENIZER, max_length=6, max_prompt_length=5)
     assert TOKENIZER.decode(wider.examples[0].input_ids) == "two fruit for anna : apple"
+    shorter = load_feedback([row], TOKENIZER, max_length=11, max_completion_length=2)
+    assert TOKENIZER.decode(shorter.examples[0].input_ids) == "pack two fruit for anna : apple pear"
+    assert shorter.report == {"rows": 1, "skipped": 0, "prompts_cut": 0, "completions_cut": 1}
+    assert "max_length=11 and max_completion_length=2 cut 0 prompts and 1 completions" in caplog.text
 
 
 def test_keys_follow_the_tokens_after_truncation():
@@ -156,7 +160,12 @@ def test_a_missing_or_empty_file(tmp_path):
 
 
 def test_options_out_of_range():
-    for options in ({"max_length": 1}, {"max_prompt_length": 0}, {"on_bad_row": "ignore"}):
+    for options in (
+        {"max_length": 1},
+        {"max_prompt_length": 0},
+        {"max_completion_length": 0},
+        {"on_bad_row": "ignore"},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             load_feedback([GOOD], TOKENIZER, **options)
 

@@ -59,6 +59,22 @@ def _rounds(tmp_path):
     return sorted((tmp_path / "out" / "rounds").glob("*.jsonl"))
 
 
+def test_prompts_over_the_limit_are_left_out_and_counted(tmp_path, caplog):
+    """arXiv 2408.15339, section 4: "excluding the prompts longer than 1000 tokens"."""
+    short, long = "pack two fruit for anna :", "pack two fruit for anna : anna : anna :"
+    length = len(TOKENIZER(short)["input_ids"])
+    args = _config(tmp_path, max_prompt_length=length)
+    model = tiny.model()
+    trainer = OnlineFeedbackTrainer(model, args, [short, long], _reward, processing_class=TOKENIZER)
+    assert [(row["prompt"], len(ids)) for row, ids in trainer.prompts] == [(short, length)]
+    assert f"left out 1 of 2 prompts, which have more than {length} tokens" in caplog.text
+    with pytest.raises(ValueError, match="all 1 prompts have more than"):
+        OnlineFeedbackTrainer(model, args, [long], _reward, processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match="give max_new_tokens instead"):
+        _config(tmp_path, max_completion_length=4)
+    assert (OnlineConfig(output_dir="x", max_steps=1, use_cpu=True).temperature, args.top_p) == (1.0, 1.0)
+
+
 def test_rounds_are_sampled_judged_kept_and_trained_on(tmp_path):
     calls = []
 

@@ -73,7 +73,7 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
         "una_reward": lambda f: f(logps, ref, scores, beta=0.03),
         "bnf": lambda f: f(token_logps, batch["ref_token_logps"], labels, cu_seqlens=cu, entropy=entropy),
         "sft": lambda f: f(logps, labels, lengths),
-        "una_pair": lambda f: f(w, l, rw, rl, beta=0.1),
+        "una_pair": lambda f: f(w, l, rw, rl, beta=0.03),
         "dpo": lambda f: f(w, l, rw, rl, beta=0.1),
         "ipo": lambda f: f(w, l, rw, rl, beta=0.1, **by),
         "slic": lambda f: f(w, l, delta=1.0),
@@ -159,6 +159,8 @@ def test_pairs_train_unpaired_objectives_too(tmp_path):
     trainer = FeedbackTrainer(tiny.model(), _config(tmp_path, pairing_ratio=0.5), pairs, pairs[:20], processing_class=TOKENIZER)  # fmt: skip
     assert len(trainer.train_dataset) == len(half)
     assert len(trainer.eval_dataset) == 40
+    with pytest.raises(ValueError, match=r"pairing_ratio 0.5 leaves out sides of pairs, and the data has none"):
+        load_feedback(tiny.rows(8), TOKENIZER, max_length=64, pairing_ratio=0.5)
 
 
 def test_the_sides_of_a_pair_keep_one_prompt():

@@ -26,7 +26,8 @@ def test_a_script_of_trl_runs(tmp_path):
 
     rows = tiny.rows(24)
     dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", "completion", "label")})
-    training_args = _config(tmp_path, precompute_ref_log_probs=True, max_prompt_length=32)
+    training_args = _config(tmp_path, precompute_ref_log_probs=True, max_prompt_length=32, max_completion_length=1)
+    assert training_args.max_completion_length is None
     trainer = BCOTrainer(
         model=tiny.model(), ref_model=tiny.model(), args=training_args, train_dataset=dataset, eval_dataset=dataset.select(range(8)),
         processing_class=TOKENIZER, peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
