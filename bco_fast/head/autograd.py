@@ -1,6 +1,6 @@
 """The registered operator: schemas, shapes for tracing, autograd. Backends are loaded when called, never before.
 
-`bco_fast::linear_logps` is one opaque node to torch.compile, FSDP and checkpointing. Its arguments are those of
+`linear_logps` is one opaque node to torch.compile, FSDP and checkpointing. Its arguments are those of
 `HeadInputs`, `HeadOptions` and `HeadWant`, spelled out because a schema knows no records.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from ._ops import add_op_namespace_prefix, ops
 from .tiling import accumulator_dtype
 from .types import DENSE, HeadInputs, HeadNeed, HeadOptions, HeadSaved, HeadSpec, HeadWant
 
@@ -18,7 +19,7 @@ _HEAD = "float logit_scale, float? softcap, float temperature, int? ignore_index
 _OPTIONS = "str backend, int workspace_bytes, float sparse_tolerance"
 # A backward that drops rows or chooses blocks has sizes that only the device knows.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_LIBRARY = torch.library.Library("bco_fast", "DEF")
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _LIBRARY.define(
     f"linear_logps(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_HEAD}, {_OPTIONS}, "
     "bool entropy, bool frozen, bool recompute, Tensor? stats) "
@@ -104,7 +105,7 @@ class _LinearLogps(torch.autograd.Function):
         hidden, weight, targets, bias, *ctx.head = args[:11]
         entropy, frozen, recompute, ctx.stats = args[11:]
         with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.bco_fast.linear_logps(*args)
+            out = ops.linear_logps(*args)
         logps, h, row_max, row_sum, argmax, dlogp_dhidden, mass = out
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[2:], *(() if entropy and recompute else (h,)))
@@ -129,7 +130,7 @@ class _LinearLogps(torch.autograd.Function):
             stats = torch.tensor(DENSE)
         else:
             need = [needs[0], needs[1], needs[3]]
-            *out, stats = torch.ops.bco_fast.linear_logps_backward(grad_logps, grad_entropy, saved, *ctx.head, need)
+            *out, stats = ops.linear_logps_backward(grad_logps, grad_entropy, saved, *ctx.head, need)
             for index, wanted, grad in zip((0, 1, 3), need, out, strict=True):
                 grads[index] = grad if wanted else None
         _report(ctx.stats, stats)
@@ -139,8 +140,8 @@ class _LinearLogps(torch.autograd.Function):
 _LIBRARY.impl("linear_logps", _linear_logps, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_logps", lambda *args: _LinearLogps.apply(*args), "Autograd")
 _LIBRARY.impl("linear_logps_backward", _linear_logps_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("bco_fast::linear_logps", _linear_logps_fake, lib=_LIBRARY)
-torch.library.register_fake("bco_fast::linear_logps_backward", _linear_logps_backward_fake, lib=_LIBRARY)
+for _name, _fake in (("linear_logps", _linear_logps_fake), ("linear_logps_backward", _linear_logps_backward_fake)):
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_LIBRARY)
 
 
 def _report(stats: Tensor | None, found: Tensor) -> None:
@@ -165,7 +166,7 @@ def linear_logps(
     trainable = is_trainable(weight, bias)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
     tolerance = float(options.sparse_tolerance) if trainable else 0.0  # a frozen head has nothing to leave out
-    logps, h, *_ = torch.ops.bco_fast.linear_logps(
+    logps, h, *_ = ops.linear_logps(
         hidden, weight, targets, bias, *spec, ignore_index, options.backend, options.workspace_bytes, tolerance,
         entropy, frozen, trainable or (frozen and entropy and entropy_grad), stats,
     )  # fmt: skip
