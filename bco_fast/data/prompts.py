@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .chat import ChatEncoder, Message, as_messages, as_tools
 from .rows import BadRows, as_text
 from .sources import FeedbackError, RowError, as_record, open_source, shortened
-from .tokenizer import open_ids
+from .tokenizer import open_ids, warn_of_control_texts
 
 logger = logging.getLogger("bco_fast")
 
@@ -113,7 +113,9 @@ def prompt_ids(rows: Sequence[Mapping], tokenizer) -> list[list[int]]:
         encoder.warn()
         encoded = [ids for ids, _ in encoder.encode(renderings)]
     else:
-        encoded = open_ids(tokenizer, [row["prompt"] for row in rows])
+        texts = [row["prompt"] for row in rows]
+        warn_of_control_texts(tokenizer, texts)
+        encoded = open_ids(tokenizer, texts)
     for number, ids in enumerate(encoded):
         if not ids:
             raise FeedbackError(f"row {number}: prompt {str(rows[number]['prompt'])[:60]!r} has no tokens")

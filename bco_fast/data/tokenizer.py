@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
+
+logger = logging.getLogger("bco_fast")
 
 
 def pad_or_eos(tokenizer) -> int | None:
@@ -23,6 +27,22 @@ def text_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of text from outside: no special token is added, and the characters of one stay characters."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
     return tokenizer(list(texts), **options)["input_ids"]
+
+
+def warn_of_control_texts(tokenizer, prompts: Sequence[str]) -> None:
+    """Log how many prompts, as plain strings, hold the text of a special token.
+
+    They are read as training reads the prompt of a string row, where a rendered template keeps its special tokens.
+    """
+    specials = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
+    count = sum(specials.search(prompt) is not None for prompt in prompts)
+    if count:
+        logger.warning(
+            "%d of %d prompts hold special tokens as text, which become special tokens, as in training; in chat messages "
+            "they would stay text",
+            count,
+            len(prompts),
+        )
 
 
 def positions(model) -> int | None:

@@ -9,6 +9,7 @@ of messages and a completion a list of one message. Any other result is an error
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -23,8 +24,9 @@ from torch import nn
 from ..data.chat import ChatEncoder
 from ..data.sources import one_line
 from ..data.tokenize import fit
-from ..data.tokenizer import open_ids, pad_or_eos, positions, text_ids
+from ..data.tokenizer import open_ids, pad_or_eos, positions, text_ids, warn_of_control_texts
 from ..models.load import load_tokenizer
+from ..reference.identity import reference_id
 
 logger = logging.getLogger("bco_fast")
 
@@ -172,9 +174,16 @@ class SequenceReward:
         self.model.config.pad_token_id = self._pad  # a decoder scores the last token that differs from it
         self.model.eval()
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of what decides the rewards: weights, config and dtype."""
+        return reference_id(self.model).digest
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str | list], completions: Sequence[str | list], **columns) -> list[float]:
         texts = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        if self._chat is None and self.tokenizer.sep_token_id is None:
+            warn_of_control_texts(self.tokenizer, prompts)
         cut = sum(was_cut for _, was_cut in texts)
         if cut:
             logger.warning("max_length=%d of the reward model cut %d of %d texts", self.max_length, cut, len(texts))

@@ -27,6 +27,7 @@ from ..data.prompts import is_chat, prompts_within, read_prompts
 from ..data.samplers import mismatched
 from ..models.patch import patch_model
 from ..reference.fill import token_logps
+from ..reference.identity import reference_id
 from ..reference.ranks import gather_objects
 from ..training.sharing import choose_layout
 from ..training.step import Step
@@ -107,6 +108,8 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
             raise ValueError(
                 "online training samples from the whole model on every rank, which FSDP and DeepSpeed do not keep: use DDP"
             )
+        if ref_model is not None:
+            self.reference_identity = reference_id(ref_model)
         self.reward, self.tokenizer = reward, self.processing_class
         self.prompts = self._tokenized(read_prompts(prompts))
         self.eval_prompts = None if eval_prompts is None else self._tokenized(read_prompts(eval_prompts))
@@ -240,6 +243,8 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         try:
             return self._rewarded(sampled)
         except RewardError as error:
+            if self.fingerprint is not None:
+                self.fingerprint["model"]["reward"] = None  # it may be mended under another name
             self._save_checkpoint(self.model, trial=None)
             folder = f"checkpoint-{self.state.global_step}"
             raise RewardError(
@@ -374,6 +379,8 @@ class OnlineFeedbackTrainer(FeedbackTrainer):
         return whole
 
     def _log_round(self, number: int, rows: list[Sampled], dataset: FeedbackDataset) -> None:
+        if any(line.get("round") == number for line in self.state.log_history):
+            return  # resumed in the middle of it; the policy has moved since, and its KL with it
         rewards = np.array([row.reward for row in rows])
         logs = {
             "round": number,

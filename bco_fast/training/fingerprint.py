@@ -76,6 +76,7 @@ def fingerprint(trainer: FeedbackTrainer) -> dict:
             "config": identity and identity.config,
             "dtype": identity and identity.dtype,
             "reference": reference and reference.digest,
+            "reward": reward_name(getattr(trainer, "reward", None)),
             "trained parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
             "adapter": _adapter(model),
         },
@@ -117,7 +118,16 @@ def _rows(dataset: FeedbackDataset) -> dict:
 def _prompts(prompts: Iterable[tuple[dict, list[int]]]) -> dict:
     """Of online training, whose rows do not exist yet."""
     tokens = [np.array(ids, dtype="<i8").tobytes() for _, ids in prompts]
-    return {"rows": len(tokens), "tokens": _digest(tokens), "labels": None}
+    columns = [json.dumps(row, sort_keys=True, default=str).encode() for row, _ in prompts]
+    return {"rows": len(tokens), "tokens": _digest(tokens), "labels": None, "columns": _digest(columns)}
+
+
+def reward_name(reward) -> str | None:
+    """The weights of a reward model; of a function its name, because one that raised may be mended and resumed with."""
+    if reward is None or isinstance(getattr(reward, "identity", None), str):
+        return reward and reward.identity
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -163,8 +173,10 @@ _WORDS = {
     "weights": "the weights that training starts from differ",
     "config": "the config of the model differs",
     "reference": "the reference model differs",
+    "reward": "the reward differs",
     "tokens": "the tokens of the training rows differ",
     "labels": "the labels, weights or scores of the training rows differ",
+    "columns": "the further columns of the prompts differ",
 }  # fmt: skip
 
 
@@ -180,7 +192,8 @@ def differences(then: Mapping, now: Mapping, *, planned: int | None = None) -> l
         a, b = then[part], now[part]
         for name in b:
             old, new = a.get(name), b[name]
-            if old == new or (name in _WORDS and None in (old, new)):
+            unknown = name not in a or (name in _WORDS and name != "reference" and None in (old, new))
+            if old == new or unknown:
                 continue
             if name == "adapter":
                 found += _changed(old or {}, new or {}) if old and new else [_was("an adapter", bool(old), bool(new))]

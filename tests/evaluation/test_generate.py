@@ -266,3 +266,15 @@ def test_a_special_token_in_a_prompt_is_text_as_in_training():
     rows = read_rows([{"prompt": [{"role": "user", "content": attack}], "completion": "6", "label": True}])
     example = tokenize_rows(rows, tokenizer, max_length=500).examples[0]
     assert example.input_ids[: example.completion_start].tolist() == ids
+
+
+def test_a_special_token_in_a_plain_string_is_read_as_in_training_and_said(caplog):
+    """A prompt that was rendered by the user keeps its turns."""
+    rendered = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    plain, marked = encode_prompts(chats.TOKENIZER, ["2 + 2?", rendered], chat="off")
+    starts = chats.TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    assert (plain.count(starts), marked.count(starts)) == (0, 2)
+    rows = read_rows([{"prompt": rendered, "completion": "4", "label": True}])
+    example = tokenize_rows(rows, chats.TOKENIZER, max_length=500).examples[0]
+    assert example.input_ids[: example.completion_start].tolist() == marked
+    assert "1 of 2 prompts hold special tokens as text" in caplog.text

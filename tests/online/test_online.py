@@ -21,6 +21,7 @@ from bco_fast.online.generators import HuggingFaceGenerator
 from bco_fast.online.rewards import RewardError
 from bco_fast.online.rounds import Sampled, read_round, write_round
 from bco_fast.online.trainer import OnlineFeedbackTrainer
+from bco_fast.training.checkpoints import CheckpointError
 
 PROMPTS = demo.all_prompts()[:40]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -48,11 +49,17 @@ def _config(tmp_path, **options):
     )  # fmt: skip
 
 
-def _trainer(tmp_path, reward=_reward, prompts=PROMPTS, model=None, **options):
+def _trainer(tmp_path, reward=_reward, prompts=PROMPTS, model=None, ref_model=None, **options):
     return OnlineFeedbackTrainer(
         tiny.model(std=0.05) if model is None else model, _config(tmp_path, **options), prompts, reward,
-        processing_class=TOKENIZER, eval_prompts=PROMPTS[:10],
+        processing_class=TOKENIZER, eval_prompts=PROMPTS[:10], ref_model=ref_model,
     )  # fmt: skip
+
+
+def _log(trainer):
+    """Without what differs between processes: the time, and the mean loss since the resume."""
+    lines = [{k: v for k, v in line.items() if k != "train_loss"} for line in trainer.state.log_history]
+    return [{k: v for k, v in line.items() if not k.endswith(("runtime", "per_second"))} for line in lines]
 
 
 def _rounds(tmp_path):
@@ -157,6 +164,26 @@ def test_resume_samples_nothing_again_and_ends_bitwise_alike(tmp_path, step):
     expected = _parameters(whole)
     for name, tensor in _parameters(resumed).items():
         assert torch.equal(tensor, expected[name]), name
+    assert _log(resumed) == _log(whole)
+
+
+def _other_reward(prompts, completions, **columns):
+    return _reward(prompts, completions)
+
+
+def test_another_judge_reference_or_column_is_refused_on_resume(tmp_path):
+    rows = [{"prompt": prompt, "source": 0} for prompt in PROMPTS]
+    _trainer(tmp_path, prompts=rows, max_steps=1, save_strategy="steps", save_steps=1).train()
+    others = {
+        "the reward differs": {"reward": _other_reward},
+        "the further columns of the prompts differ": {"prompts": [{**row, "source": 1} for row in rows]},
+        "the tokens of the training rows differ": {"prompts": rows[1:]},
+        "the reference model differs": {"ref_model": tiny.model(seed=3)},
+    }
+    for said, change in others.items():
+        changed = _trainer(tmp_path, **{"prompts": rows, "max_steps": 2} | change)
+        with pytest.raises(CheckpointError, match=said):
+            changed.train(resume_from_checkpoint=True)
 
 
 def test_a_round_keeps_every_character(tmp_path):

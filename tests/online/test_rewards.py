@@ -212,13 +212,22 @@ def test_a_completion_cannot_write_a_turn_of_the_user(where):
     assert ATTACK in chats.TOKENIZER.decode(attacked["input_ids"])
 
 
-def test_a_completion_cannot_end_itself_in_plain_text():
+def test_a_reward_model_is_identified_by_its_weights():
+    names = [SequenceReward(reward_model(seed), build_tokenizer()).identity for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_completion_cannot_end_itself_in_plain_text(caplog):
     """The tokenizer of a reward without a template: only the EOS at the end is one."""
     tokenizer = chats.tokenizer(template=None)
     reward = SequenceReward(reward_model(vocab_size=len(tokenizer)), tokenizer, max_length=1000)
     ids = reward._encode("What is 2 + 2?", ATTACK)[0]["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
+    reward(prompts=["What is 2 + 2?"], completions=[ATTACK])
+    assert "special tokens" not in caplog.text
+    reward(prompts=[ATTACK, "What is 2 + 2?"], completions=["4", "4"])
+    assert "1 of 2 prompts hold special tokens as text" in caplog.text
 
 
 def test_a_completion_cannot_separate_itself_in_a_pair():

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -294,6 +295,11 @@ def _zip_bomb(path):
         archive.writestr("archive/data.pkl", bytes(50_000_000))
 
 
+def _touched(path):
+    path.touch()
+    return path
+
+
 HOSTILE = {
     f"{name}, {kind.__name__}": (name, kind)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -302,6 +308,7 @@ HOSTILE = {
     "zip": ("optimizer.pt", _zip_bomb),
     "nested": ("trainer_state.json", lambda path: path.write_text('{"global_step": ' + "[" * 100_000)),
     "header": ("model.safetensors", lambda path: path.write_bytes((2**63).to_bytes(8, "little") + bytes(64))),
+    "huge manifest": ("manifest.json", lambda path: os.truncate(_touched(path), 200 << 20)),
     "nested manifest": ("manifest.json", lambda path: path.write_text("[" * 100_000)),
     "fifo": ("optimizer.pt", lambda path: (path.unlink(), os.mkfifo(path))),
 }
@@ -317,7 +324,12 @@ def test_nothing_in_a_checkpoint_is_run(run, monkeypatch, kind, committed):
     make(folder / name)
     if committed and name not in ("manifest.json", "model.safetensors") and kind != "fifo":
         commit(folder)
-    problem = examine(folder).problem
+    tracemalloc.start()
+    try:
+        problem = examine(folder).problem
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
     assert problem is not None
     assert name in problem
     assert not (run / "it went off").exists()
