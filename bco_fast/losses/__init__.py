@@ -8,7 +8,7 @@ chosen and the rejected side. `OBJECTIVES` says by name what each of them needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -96,8 +96,9 @@ class Objective:
         z_ref: Tensor | None = None,
         shift: RewardShift | None = None,
         observe: bool = False,
+        class_weights: tuple[float, float] = (1.0, 1.0),
     ) -> LossOutput:
-        """The objective on a batch of the form of `data.batch`.
+        """The objective on a batch of the form of `data.batch`. Its metrics are weighted as `weights` weighs the costs.
 
         Args:
             token_logps: log-probability of each of the batch's targets, nats; carries the gradient.
@@ -106,7 +107,12 @@ class Objective:
             z_ref: needed by a `mismatched` one: the mean log-ratio over all mismatched completions of the step.
             shift: needed by one with a `shift`.
             observe: the shift takes these rewards in.
+            class_weights: λ of thumbs up and of thumbs down.
         """
+        out = self._out(token_logps, batch, settings, entropy, z_ref, shift, observe, class_weights)
+        return replace(out, weight=_row_weights(batch, (1.0, 1.0) if self.paired else class_weights))
+
+    def _out(self, token_logps, batch, settings, entropy, z_ref, shift, observe, class_weights) -> LossOutput:
         cu_completions, labels = batch["cu_completions"], batch["label"]
         if self.per_token:
             references = batch["ref_token_logps"]
@@ -125,7 +131,8 @@ class Objective:
             options["delta"] = shift
             if observe:
                 rewards = settings["beta"] * (logps.detach() - batch["ref_logps"])
-                shift.observe(rewards - batch["score"] if self.data == "rewards" else rewards, labels)
+                found = rewards - batch["score"] if self.data == "rewards" else rewards
+                shift.observe(found, labels, _row_weights(batch, class_weights))
         facts = labels if self.data == "labels" else batch["score"]
         return self.loss(logps, *references, facts, *((lengths,) if self.lengths else ()), **options)
 
@@ -148,6 +155,11 @@ class Objective:
         if self.mean_over_tokens:
             return token_weights(labels, batch["cu_completions"].diff()[:rows], weight, counts[2])
         return reduction_weights(labels, weight * torch.where(labels, *class_weights), reduction, counts[0], counts[1])
+
+
+def _row_weights(batch: Mapping[str, Tensor], class_weights: tuple[float, float]) -> Tensor:  # [B] float64
+    """What multiplies each row's cost: its weight and its class's λ."""
+    return batch["weight"].double() * torch.where(batch["label"], *class_weights)
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -91,4 +91,4 @@ def bnf_loss(
     check_weight(sample_weight)
     per_example = torch.where(labels, -means, means)
     loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, logps - ref_logps, logps, labels)
+    return LossOutput(loss, per_example, logps - ref_logps, logps, labels, weight=sample_weight)

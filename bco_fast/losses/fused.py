@@ -60,7 +60,7 @@ def fused_bco_loss(
     token_logps = head_logps(hidden, lm_head_weight, targets, bias, spec, options, ignore_index=ignore_index)
     logps = sequence_logps(token_logps, cu_seqlens=cu_seqlens)
     if isinstance(delta, RewardShift) and logps.requires_grad:
-        delta.observe(beta * (logps.detach() - ref_logps), labels)
+        delta.observe(beta * (logps.detach() - ref_logps), labels, sample_weight)
     return bco_loss(logps, ref_logps, labels, beta=beta, delta=delta, sample_weight=sample_weight, reduction=reduction)
 
 

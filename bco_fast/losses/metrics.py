@@ -1,4 +1,9 @@
-"""What is logged about a batch of thumbs up and down: sums that add up over micro-batches and ranks, then means."""
+"""What is logged about a batch of thumbs up and down: sums that add up over micro-batches and ranks, then means.
+
+One rule for weights: a completion counts in every mean over its class - of δ (`RewardShift`), of the error term, of the logged
+rewards - as much as in the loss, by its weight and its class's λ. The two expectations that Theorem 4 of arXiv 2404.04656
+bounds are then those of the loss. `auc` ranks rows and takes no weights.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +20,35 @@ def unpaired_sums(
     labels: Tensor,  # [B] bool
     shift: float | Tensor,
     *,
+    weight: Tensor | None = None,  # [B]
     paired: bool = False,
 ) -> Tensor:  # [9] float64
     """Counts and sums by class; add them over batches and ranks, then call `unpaired_metrics`.
 
     A completion counts as correct when r - shift has the sign of its label; with `paired` (the chosen half, then the
     rejected) when its pair is ranked right.
+
+    Args:
+        weight: what multiplies each completion's cost, which it then counts for here too; None for 1.
     """
     r, logps = rewards.detach().double(), logps.detach().double()
     shifted = r - shift
+    weight = torch.ones_like(r) if weight is None else weight.detach().double()
 
     def total(values: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, values, 0.0).sum()
+        return torch.where(where & (weight > 0), weight * values, 0.0).sum()
 
-    up, down = labels, ~labels
-    correct = 2 * torch.gt(*r.chunk(2)).sum() if paired else ((shifted > 0) == labels).sum()
+    up, down, one = labels, ~labels, torch.ones_like(r)
+    correct = torch.gt(*r.chunk(2)).repeat(2) if paired else (shifted > 0) == labels
     return torch.stack(
         [
-            up.sum().double(),
-            down.sum().double(),
+            total(one, up),
+            total(one, down),
             total(r, up),
             total(r, down),
             total(logps, up),
             total(logps, down),
-            correct.double(),
+            total(one, correct),
             total(torch.exp(-shifted), up),
             total(torch.exp(shifted), down),
         ]

@@ -31,12 +31,16 @@ class LossOutput:
     threshold: float | Tensor = 0.0
     """The reward above which a completion counts as thumbs up: δ where there is one."""
     paired: bool = False
+    weight: Tensor | None = None
+    """Like `rewards`: what multiplies each cost; the means of `metrics` are weighted by it. None for 1."""
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def sums(self) -> Tensor:  # [9] float64
         """Counts and sums by class, which add up over batches; see `metrics.unpaired_sums`."""
-        return unpaired_sums(self.rewards, self.logps, self.labels, self.threshold, paired=self.paired)
+        return unpaired_sums(
+            self.rewards, self.logps, self.labels, self.threshold, weight=self.weight, paired=self.paired
+        )
 
     @cached_property
     def metrics(self) -> dict[str, float | Tensor]:

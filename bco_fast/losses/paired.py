@@ -44,6 +44,7 @@ def _output(per_example, rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Te
         logps=torch.cat(logps).detach(),
         labels=torch.arange(2 * count, device=per_example.device) < count,
         paired=True,
+        weight=None if sample_weight is None else sample_weight.repeat(2),
     )
 
 

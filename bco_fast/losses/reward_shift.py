@@ -21,7 +21,7 @@ class RewardShift:
                         every rank, sees one δ, so accumulation and data parallelism do not change the loss
         update="micro"  each `observe` moves value at once
 
-    State is one (mean, count) per class. A class never seen is left out of the midpoint; one absent from a step keeps
+    State is one (mean, count) per class; with weights, a weighted mean and the sum of the weights. A class never seen is left out of the midpoint; one absent from a step keeps
     its mean.
 
     Args:
@@ -73,10 +73,18 @@ class RewardShift:
         self,
         r: Tensor,  # [B]
         labels: Tensor,  # [B] bool
+        weight: Tensor | None = None,  # [B]
     ) -> None:
-        """Take in the rewards of one micro-batch, detached."""
+        """Take in the rewards of one micro-batch, detached.
+
+        Args:
+            weight: what multiplies each row's cost, so that the means are those of the loss; None for 1. TRL's δ
+                ("cumulative", "micro", not balanced) takes no weights.
+        """
         if r.shape != labels.shape or r.dim() != 1:
             raise ValueError(f"rewards {list(r.shape)} and labels {list(labels.shape)} must both be [B]")
+        if weight is not None and weight.shape != r.shape:
+            raise ValueError(f"weight {list(weight.shape)} must be [B], like rewards {list(r.shape)}")
         if labels.dtype != torch.bool:
             raise TypeError(f"labels must be bool, not {labels.dtype}")
         if self.mode == "fixed":
@@ -84,8 +92,11 @@ class RewardShift:
         self._to(r.device)
         r = r.detach().double()
         groups = torch.stack([labels, ~labels]) if self.balanced else torch.ones_like(labels)[None]
+        trl = (self.mode, self.balanced, self.update) == ("cumulative", False, "micro")
+        weight = torch.ones_like(r) if weight is None or trl else weight.detach().double()
         # where, not a product: one infinite reward must not turn the other class into NaN
-        self._pending += torch.stack([torch.where(groups, r, 0.0).sum(1), groups.sum(1).double()])
+        sums = torch.where(groups & (weight > 0), r * weight, 0.0).sum(1)
+        self._pending += torch.stack([sums, torch.where(groups, weight, 0.0).sum(1)])
         if self.update == "micro":
             self._fold()
 
@@ -99,11 +110,11 @@ class RewardShift:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._pending)
         (mean, count), (total, arrived) = self._state, self._pending
-        fresh = total / arrived.clamp(min=1)
+        fresh = total / torch.where(arrived > 0, arrived, 1.0)
         if self.mode == "ema":
             moved = torch.where(count > 0, self.decay * mean + (1 - self.decay) * fresh, fresh)
         elif self.mode == "cumulative":
-            moved = mean + (fresh - mean) * arrived / (count + arrived).clamp(min=1)
+            moved = mean + (fresh - mean) * arrived / torch.where(count + arrived > 0, count + arrived, 1.0)
         else:
             moved = fresh
         self._state = torch.stack([torch.where(arrived > 0, moved, mean), count + arrived])

@@ -41,7 +41,9 @@ def _shift(delta: float | RewardShift) -> float | Tensor:
 def _output(per_example, rewards, logps, labels, shift, sample_weight, reduction) -> LossOutput:
     loss = reduce(per_example, labels, sample_weight, reduction)
     delta = {"delta": torch.as_tensor(shift, dtype=torch.float32)}
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, shift, extra=delta)
+    return LossOutput(
+        loss, per_example, rewards.detach(), logps.detach(), labels, shift, weight=sample_weight, extra=delta
+    )
 
 
 def bco_loss(
@@ -139,7 +141,9 @@ def kto_loss(
     weight = torch.where(labels, logps.new_full((), desirable_weight), logps.new_full((), undesirable_weight))
     per_example = weight * torch.sigmoid(-sign * (rewards - z_ref))
     loss = reduce(per_example, labels, sample_weight, reduction)
-    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, z_ref, extra={"kl": kl.clamp(min=0)})
+    weight = weight if sample_weight is None else weight * sample_weight
+    extra = {"kl": kl.clamp(min=0)}
+    return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, z_ref, weight=weight, extra=extra)
 
 
 def una_binary_mse_loss(
@@ -265,4 +269,4 @@ def sft_loss(
     per_example = torch.where(labels, -means, 0.0)
     tokens = token_weights(labels, lengths, sample_weight, (lengths * labels).sum())
     loss = (per_example * tokens).sum().to(logps.dtype)
-    return LossOutput(loss, per_example, means.detach(), logps.detach(), labels)
+    return LossOutput(loss, per_example, means.detach(), logps.detach(), labels, weight=sample_weight)

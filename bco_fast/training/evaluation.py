@@ -58,10 +58,15 @@ def evaluation_metrics(
     if objective.mismatched:
         out = objective.loss(found["logps"], found["ref_logps"], labels, kl=found["mismatched"].mean(), **settings)
         found |= {"per_example": out.per_example, "threshold": torch.zeros_like(out.rewards) + out.threshold}
-    sums = unpaired_sums(found["rewards"], found["logps"], labels, found["threshold"], paired=paired)
-    counts = torch.stack([sums[0], 0 * sums[1] if paired else sums[1], (found["lengths"] * labels).sum()])
+    up, down = labels.sum(), (~labels).sum()
+    counts = torch.stack([up, 0 * down if paired else down, (found["lengths"] * labels).sum()]).double()
     cu_completions = F.pad(found["lengths"].long().cumsum(0), (1, 0))
     rows = {"label": labels, "weight": found["weight"], "cu_completions": cu_completions}
     weights = objective.weights(rows, counts, **weighting)
     loss = (found["per_example"][: len(weights)] * weights).sum()
+    class_weights = (1.0, 1.0) if paired else weighting.get("class_weights", (1.0, 1.0))
+    sums = unpaired_sums(
+        found["rewards"], found["logps"], labels, found["threshold"], paired=paired,
+        weight=found["weight"] * torch.where(labels, *class_weights),
+    )  # fmt: skip
     return {"loss": loss, **unpaired_metrics(sums), "rewards/auc": auc(found["rewards"], labels)}

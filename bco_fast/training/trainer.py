@@ -221,7 +221,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         filled = "placeholder" not in batch
         out = self.objective.run(
             head.logps, batch, self.settings, entropy=head.entropy, z_ref=z_ref() if self.objective.mismatched else None,
-            shift=self.feedback.shift, observe=observe and filled,
+            shift=self.feedback.shift, observe=observe and filled, class_weights=self.class_weights,
         )  # fmt: skip
         if observe and not filled and self.objective.shift:  # no rewards, but the other ranks' all-reduce waits for us
             self.feedback.shift.observe(out.rewards[:0], batch["label"][:0])

@@ -9,6 +9,8 @@ import ranks
 import torch
 
 from bco_fast import RewardShift
+from bco_fast.losses import OBJECTIVES
+from bco_fast.losses.metrics import unpaired_sums
 
 
 def _observe(shift, up, down):
@@ -26,6 +28,53 @@ def test_the_midpoint_weighs_both_classes_the_same():
     _observe(pooled, [1.0] * 8, [-1.0] * 2)
     pooled.step()
     assert math.isclose(float(pooled.value), 0.6, rel_tol=1e-6)
+
+
+def test_weights_count_as_repeated_rows_do():
+    """A weight of 3 is three rows, in δ and in every logged mean; a weight of 0 is no row, whatever its reward."""
+    rewards, labels = torch.tensor([1.0, 2.0, -1.0, float("inf")]), torch.tensor([True, True, False, False])
+    times, finite = torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1, 2, 2])
+    for options in ({"mode": "ema"}, {"mode": "cumulative"}, {"mode": "batch", "balanced": False}):
+        weighted, repeated = RewardShift(**options), RewardShift(**options)
+        for scale in (1.0, 2.0):
+            weighted.observe(rewards * scale, labels, times)
+            repeated.observe(rewards[finite] * scale, labels[finite])
+            weighted.step()
+            repeated.step()
+            assert float(weighted.value) == float(repeated.value) != 0
+    sums = unpaired_sums(rewards, rewards, labels, 0.1, weight=times)
+    assert torch.allclose(sums, unpaired_sums(rewards[finite], rewards[finite], labels[finite], 0.1), rtol=1e-12)
+    small = RewardShift("batch")  # weights below 1 are no smaller a mean
+    small.observe(torch.tensor([4.0, 2.0]), torch.tensor([True, False]), torch.tensor([0.25, 0.01]))
+    small.step()
+    assert float(small.value) == 3.0
+
+
+def test_an_objective_counts_rows_as_its_costs_do():
+    """`weight` times λ, in δ and in the metrics of `Objective.run`."""
+    labels, r = torch.tensor([True, True, False]), torch.tensor([1.0, 4.0, -2.0])
+    batch = {
+        "cu_completions": torch.arange(4), "label": labels, "ref_logps": torch.zeros(3), "score": torch.zeros(3),
+        "weight": torch.tensor([1.0, 2.0, 1.0]),
+    }  # fmt: skip
+    shift = RewardShift("batch")
+    out = OBJECTIVES["bco"].run(r, batch, {"beta": 1.0}, shift=shift, observe=True, class_weights=(1.0, 5.0))
+    shift.step()
+    assert float(shift.value) == (3.0 - 2.0) / 2
+    metrics = {name: float(value) for name, value in out.metrics.items()}
+    assert metrics["rewards/chosen"] == 3.0
+    assert metrics["rewards/accuracies"] == 1.0
+    assert math.isclose(metrics["error_term"], (math.exp(-1) + 2 * math.exp(-4)) / 3 + math.exp(-2), rel_tol=1e-9)
+    wrong = OBJECTIVES["bco"].run(-r, batch, {"beta": 1.0}, shift=RewardShift("fixed"), class_weights=(1.0, 5.0))
+    assert float(wrong.metrics["rewards/accuracies"]) == 0.0
+    half = OBJECTIVES["bco"].run(r.abs(), batch, {"beta": 1.0}, shift=RewardShift("fixed"), class_weights=(1.0, 5.0))
+    assert float(half.metrics["rewards/accuracies"]) == 3 / 8
+
+
+def test_trls_shift_takes_no_weights():
+    trls = RewardShift("cumulative", balanced=False, update="micro")
+    trls.observe(torch.tensor([1.0, 3.0]), torch.tensor([True, False]), torch.tensor([5.0, 1.0]))
+    assert float(trls.value) == 2.0
 
 
 def test_ema_moves_each_class_mean():
