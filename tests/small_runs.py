@@ -1,11 +1,21 @@
 """Small training runs that several tests share."""
 
+import pytest
 import tiny
 import torch
 
 from bco_fast import FeedbackConfig, FeedbackTrainer
 
 TOKENIZER = tiny.build_tokenizer()
+# One of each kind of data and of each state: δ, z_ref, a target distribution, scores, pairs, pairs without a reference.
+FIRST = ("bco", "kto", "bnf", "una_score", "dpo", "orpo")
+
+
+def slow_but(values, fast=FIRST):
+    """The parameters of a test: `fast` ones always, the rest with the long proofs."""
+    values = list(values)
+    assert set(fast) <= set(values), set(fast) - set(values)
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def config(tmp_path, **options):

@@ -34,6 +34,7 @@ def _known(row):
     )
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_small_on_the_cpu(suite, tmp_path):
     result, shown = suite("--only", "head")
     assert result["environment"]["torch"]

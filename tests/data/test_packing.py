@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from small_runs import TOKENIZER
+from small_runs import TOKENIZER, slow_but
 from small_runs import config as _config
 from small_runs import parameters as _parameters
 from torch import nn
@@ -74,12 +74,7 @@ def test_a_model_that_looks_across_sequences_is_refused():
         check_layout(patch_model(model), [item.example for item in _items()], 1, "packed")
 
 
-FAST = ("bco", "kto", "bnf", "una_score", "dpo", "sft")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OBJECTIVES]
-)
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES, ("bco", "kto", "dpo")))
 def test_padding_free_training_is_padded_training(tmp_path, name):
     """Loss, gradients and three steps, to 1e-5; far from the reference, so that no AUC ranks rounding noise."""
     results = []

@@ -32,6 +32,7 @@ def _check(rows):
             assert row["tensor_core"], row
 
 
+@pytest.mark.slow
 def test_hopper():
     rows = _report(90)
     assert len(rows) == KERNELS

@@ -63,7 +63,7 @@ def _check(seeds, backend, most_outside: int, record_property) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fuzz(backend, record_property):
-    _check(range(60), backend, 2, record_property)
+    _check(range(60 if backend == "torch" else 20), backend, 1, record_property)
 
 
 @pytest.mark.slow

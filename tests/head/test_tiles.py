@@ -65,8 +65,8 @@ def test_a_ragged_last_chunk_is_aligned_too():
     ("shape", "workspace"),
     [
         ((8192, 4096, 128256), 256 << 20),
-        ((32768, 896, 50257), 64 << 20),
-        ((300, 2304, 9000), 1 << 20),
+        pytest.param((32768, 896, 50257), 64 << 20, marks=pytest.mark.slow),
+        pytest.param((300, 2304, 9000), 1 << 20, marks=pytest.mark.slow),
         ((5, 8, 300), 32 << 10),
     ],
     ids=str,

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from chats import TOKENIZER as CHAT_TOKENIZER
-from small_runs import TOKENIZER, reward_error
+from small_runs import TOKENIZER, reward_error, slow_but
 from small_runs import parameters as _parameters
 
 from bco_fast import FeedbackError, load_feedback
@@ -120,7 +120,9 @@ def test_a_round_is_a_feedback_file(tmp_path):
     assert {row.prompt for row in rows} <= set(PROMPTS)
 
 
-@pytest.mark.parametrize("loss_type", ["una_score", "una_reward", "bco", "kto", "bnf", "sft"])
+@pytest.mark.parametrize(
+    "loss_type", slow_but(["una_score", "una_reward", "bco", "kto", "bnf", "sft"], ["una_score", "kto"])
+)
 def test_any_unpaired_objective(tmp_path, loss_type):
     trainer = _trainer(tmp_path, loss_type=loss_type, max_steps=4, reward_threshold=0.3)
     trainer.train()
@@ -141,7 +143,7 @@ def test_the_tokens_trained_on_are_the_tokens_sampled(tmp_path):
         assert TOKENIZER.eos_token_id not in row["completion_ids"][:-1]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", slow_but([1, 2, 3], [3]))
 def test_resume_samples_nothing_again_and_ends_bitwise_alike(tmp_path, step):
     """Step 1 and 3 lie in the middle of a round."""
     options = {"save_strategy": "steps", "save_steps": 1}

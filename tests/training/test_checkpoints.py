@@ -606,10 +606,6 @@ def _killed_at(tmp_path, points):
     assert newest == {point: 2 if POINTS.index(point) < POINTS.index("manifest written") else 3 for point in points}
 
 
-def test_a_kill_during_a_save_loses_that_save_at_most(tmp_path):
-    _killed_at(tmp_path, ("manifest half written", "renamed for deletion"))
-
-
 @pytest.mark.slow
 def test_a_kill_at_every_step_of_a_save(tmp_path):
     _killed_at(tmp_path, POINTS)

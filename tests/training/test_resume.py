@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from small_runs import slow_but
 from transformers import EarlyStoppingCallback
 
 from bco_fast import FeedbackConfig, FeedbackTrainer
@@ -113,22 +114,16 @@ def _resumed_at_every(steps, folder, run, last=STEPS):
     return expected
 
 
-def test_resumed_at_every_step_is_bitwise_the_uninterrupted_run(folder):
-    expected = _resumed_at_every(range(1, STEPS + 1), folder, "bco")
-    assert expected["shift"]["state"] != [[0, 0], [0, 0]]
-
-
-@pytest.mark.parametrize(
-    "run", [run for run in RUNS if run not in ("bco", "bco, δ pooled and at once", "una_reward", "dpo")]
-)
-def test_resumed_runs_of_other_kinds(folder, run):
+@pytest.mark.parametrize("run", slow_but(RUNS, ("bco", "bco, packed by tokens", "kto, accumulated")))
+def test_resumed_is_bitwise_the_uninterrupted_run(folder, run):
     """In the window of a log line, and at an epoch's end; 7 steps."""
-    _resumed_at_every((3, 5), folder, run, last=7)
+    expected = _resumed_at_every((3, 5), folder, run, last=7)
+    assert (expected["shift"]["state"] != [[0, 0], [0, 0]]) == RUNS[run]["loss_type"].startswith("bco")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [run for run in RUNS if run != "bco"])
-def test_resumed_at_every_step_of_every_kind(folder, run):
+@pytest.mark.parametrize("run", RUNS)
+def test_resumed_at_every_step(folder, run):
     _resumed_at_every(range(1, STEPS + 1), folder, run)
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from small_runs import TOKENIZER, config, parameters
+from small_runs import TOKENIZER, config, parameters, slow_but
 
 from bco_fast import FeedbackTrainer, ReferenceCache, load_feedback, patch_model
 from bco_fast.data.batch import collate, layout_tokens
@@ -124,7 +124,7 @@ def test_log_probabilities_and_gradients_of_every_family(family, attention, wind
     assert not knows_segments(model.config)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
 def test_a_step_of_every_objective(tmp_path, name):
     """Loss, gradients and everything that is logged, of the same rows in the same micro-batches."""
     results = []

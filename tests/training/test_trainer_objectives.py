@@ -7,7 +7,7 @@ import pytest
 import ranks
 import tiny
 import torch
-from small_runs import TOKENIZER, reward_error
+from small_runs import TOKENIZER, reward_error, slow_but
 from small_runs import config as _config
 from small_runs import parameters as _parameters
 
@@ -89,7 +89,7 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
     assert theirs.norm() > 0
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
 def test_accumulation_changes_nothing(tmp_path, name):
     """8x1 = 3x3: micro-batches of 3, 3 and 2 rows make the step of 8 rows, whatever each of them holds."""
     options = {"kto": {"desirable_weight": "auto"}, "bce": {"reduction": "class_mean"}, "bco": {"reduction": "class_mean"}}  # fmt: skip
@@ -131,7 +131,7 @@ def test_kto_logs_its_reference_point_over_the_whole_step(tmp_path):
     assert abs(kl) > 100 * error
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
 def test_evaluation_is_the_loss_of_the_whole_set(tmp_path, name):
     """21 rows in batches of 8, 8 and 5: no mean of means."""
     trainer = _trainer(tmp_path, name, max_steps=2, per_device_eval_batch_size=8, **EXTRA.get(name, {}))
