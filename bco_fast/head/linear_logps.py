@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,42 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@overload
+def fused_linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    return_entropy: Literal[False] = False,
+    backend: Backend = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+    stats: HeadStats | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor: ...
+@overload
+def fused_linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    return_entropy: Literal[True],
+    backend: Backend = "auto",
+    workspace_bytes: int = 256 << 20,
+    sparse_tolerance: float = 0.0,
+    stats: HeadStats | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def fused_linear_logps(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -121,6 +157,7 @@ def head_logps(
         entropy_grad: False where the entropy is only read: it then carries no gradient, and a frozen head saves
             nothing to recompute it from.
     """
+    _check_types(hidden=hidden, weight=weight, targets=targets, **({} if bias is None else {"bias": bias}))
     autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
     if autocast:
         lower = torch.get_autocast_dtype(hidden.device.type)
@@ -146,6 +183,13 @@ def head_logps(
     if not return_entropy:
         return logps
     return logps, (entropy if entropy_grad else entropy.detach()).view(targets.shape)
+
+
+def _check_types(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            advice = f": pass its .{name}" if isinstance(getattr(tensor, name, None), Tensor) else ""
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, autocast: bool) -> None:

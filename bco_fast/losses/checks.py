@@ -1,4 +1,4 @@
-"""What the objectives refuse. Values are looked at on the CPU only: on a GPU that would stall the stream."""
+"""What the objectives refuse. Shapes and dtypes always; values where `readable`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from ..head.types import NotFiniteError
+
+
+def readable(values: Tensor) -> bool:
+    """Values are looked at on the CPU only: on a GPU that would stall the stream, and in a compiled graph break it."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def first(bad: Tensor) -> int:
@@ -33,7 +38,7 @@ def check_vectors(*, like: str, **vectors: Tensor | None) -> None:
             raise ValueError(f"{name} {list(vector.shape)} and {like} {list(model.shape)} must both be [B]")
         if vector.device != model.device:
             raise ValueError(f"{name} is on {vector.device} and {like} on {model.device}")
-        if vector.device.type == "cpu" and not vector.isfinite().all():
+        if readable(vector) and not vector.isfinite().all():
             row = first(~vector.isfinite())
             raise NotFiniteError(f"{name}[{row}] is {float(vector[row])}: not finite")
 
@@ -67,7 +72,7 @@ def check_not_negative(**numbers: float) -> None:
 
 
 def check_weight(sample_weight: Tensor | None) -> None:
-    if sample_weight is not None and sample_weight.device.type == "cpu" and (sample_weight < 0).any():
+    if sample_weight is not None and readable(sample_weight) and (sample_weight < 0).any():
         row = first(sample_weight < 0)
         raise ValueError(f"sample_weight[{row}] is {float(sample_weight[row])}: negative")
 
@@ -79,6 +84,6 @@ def check_lengths(shape: torch.Size, **lengths: Tensor) -> None:
             raise TypeError(f"{name} must be an integer tensor, not {getattr(length, 'dtype', type(length).__name__)}")
         if length.shape != shape:
             raise ValueError(f"{name} {list(length.shape)} must be [B] like the log-probabilities {list(shape)}")
-        if length.device.type == "cpu" and (length < 1).any():
+        if readable(length) and (length < 1).any():
             row = first(length < 1)
             raise ValueError(f"{name}[{row}] is {int(length[row])}: an empty completion has no mean log-probability")

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import readable
+
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
 
@@ -55,7 +57,7 @@ def sequence_logps(
         sums, counts = _segment_sums(values, cu_seqlens), _segment_sums(counts, cu_seqlens)
     if reduction == "sum":
         return sums.to(token_logps.dtype)
-    if counts.device.type == "cpu" and (counts == 0).any():
+    if readable(counts) and (counts == 0).any():
         raise ValueError(f"sequence {int((counts == 0).nonzero()[0])} has no token to take the mean of")
     return (sums / counts).to(token_logps.dtype)
 
@@ -66,9 +68,7 @@ def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [B + 1], not {list(cu_seqlens.shape)}")
     lengths = cu_seqlens.long().diff()
-    if cu_seqlens.device.type == "cpu" and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] != values.shape[0] or (lengths < 0).any()
-    ):
+    if readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != values.shape[0] or (lengths < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to {values.shape[0]}, not {cu_seqlens.tolist()}")
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 

@@ -19,6 +19,7 @@ from .checks import (
     check_reference,
     check_vectors,
     check_weight,
+    readable,
 )
 from .output import LossOutput, Reduction, reduce, token_weights
 from .reward_shift import RewardShift
@@ -206,7 +207,7 @@ def una_score_loss(
         ValueError: a score lies outside [0, 1]; names the row.
     """
     check_vectors(like="logps", logps=logps, scores=scores)
-    if scores.device.type == "cpu" and ((scores < 0) | (scores > 1)).any():
+    if readable(scores) and ((scores < 0) | (scores > 1)).any():
         row = int(((scores < 0) | (scores > 1)).nonzero()[0])
         raise ValueError(f"scores[{row}] is {float(scores[row])}: outside [0, 1]")
     labels = scores > 0.5

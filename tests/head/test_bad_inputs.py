@@ -40,6 +40,8 @@ BAD = {
     "NaN in ref": ({"ref_logps": torch.tensor([0.0, math.nan])}, ValueError, r"ref_logps\[1\] is nan"),
     "Inf in ref": ({"ref_logps": torch.tensor([math.inf, 0.0])}, ValueError, r"ref_logps\[0\] is inf"),
     "dtype mix": ({"hidden": torch.zeros(2, 3, D, dtype=torch.bfloat16)}, TypeError, "hidden is torch.bfloat16 and weight torch.float32"),
+    "a layer as weight": ({"lm_head_weight": torch.nn.Linear(D, V)}, TypeError, r"weight must be a tensor, not Linear: pass its \.weight"),
+    "a list as hidden": ({"hidden": [0.0]}, TypeError, "hidden must be a tensor, not list"),
     "D mismatch": ({"hidden": torch.zeros(2, 3, D + 1)}, ValueError, "disagree about D"),
     "integer hidden": ({"hidden": torch.zeros(2, 3, D, dtype=torch.long)}, TypeError, "hidden must be float32"),
     "int labels": ({"labels": torch.tensor([1, 0])}, TypeError, "labels must be a bool tensor"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bco_fast import RewardShift, fused_bnf_loss, fused_linear_logps, losses
+from bco_fast import RewardShift, fused_bco_loss, fused_bnf_loss, fused_linear_logps, losses
 from bco_fast.losses import LOSSES, OBJECTIVES
 from bco_fast.losses.bnf import bnf_weights
 from bco_fast.losses.sequence import log1mexp
@@ -222,6 +222,29 @@ def test_log1mexp_is_exact_at_both_ends():
     expected = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x.tolist()]
     assert torch.allclose(log1mexp(x), _f64(expected), rtol=1e-14)
     assert float(log1mexp(torch.tensor(0.0))) == -math.inf
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fused", [fused_bco_loss, fused_bnf_loss])
+def test_a_fused_loss_compiles_without_graph_breaks(fused, packed):
+    hidden, weight, targets = torch.randn(2, 6, 8), torch.randn(50, 8), torch.randint(0, 50, (2, 6))
+    targets[:, 0] = -100
+    labels, ref = torch.tensor([True, False]), torch.zeros(2) if fused is fused_bco_loss else torch.zeros(2, 6)
+    options = {}
+    if packed:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        ref = ref if fused is fused_bco_loss else ref.flatten()
+        options["cu_seqlens"] = torch.tensor([0, 5, 12])
+
+    def gradients(compiler):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        compiler(lambda h, w: fused(h, w, targets, labels, ref, **options).loss)(*leaves).backward()
+        return [leaf.grad for leaf in leaves]
+
+    torch._dynamo.reset()
+    compiled = gradients(lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"))
+    for ours, eager in zip(compiled, gradients(lambda f: f), strict=True):
+        assert torch.allclose(ours, eager, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
