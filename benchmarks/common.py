@@ -92,10 +92,12 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def in_own_process(script: str, *arguments: str) -> dict:
+def in_own_process(script: str, *arguments: str, python: str | Path = sys.executable) -> dict:
     """Run `python script --case ...` and read the JSON of its last line: memory is measured from a clean start."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    if python != sys.executable:  # a peer's environment, which must not find us
+        environment.pop("PYTHONPATH", None)
+    run = subprocess.run([python, script, *arguments], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{run.stderr[-2000:]}")
     return json.loads(run.stdout.strip().splitlines()[-1])

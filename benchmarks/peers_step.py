@@ -59,13 +59,24 @@ def training_options(setting: Setting) -> dict:
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "logging_steps": 10,
-        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
         "beta": 0.1,
     }
+
+
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+"""Of TRL's trainers; ours decide the order of rows themselves, unless `in_order` says so."""
+
+
+def in_order(trainer):
+    """Let a trainer of ours take the rows as they come."""
+    from torch.utils.data import SequentialSampler
+
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    return trainer
 
 
 def counting(trainer_class: type, tokens) -> type:
@@ -98,11 +109,13 @@ def ours(objective: str, setting: Setting):
         )
         for row in rows
     ]
-    return trainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model"),
-        FeedbackConfig(**options),
-        FeedbackDataset(examples),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    return in_order(
+        trainer(
+            AutoModelForCausalLM.from_pretrained(folder / "model"),
+            FeedbackConfig(**options),
+            FeedbackDataset(examples),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        )
     )
 
 
@@ -114,6 +127,7 @@ def trl_bco(setting: Setting, precomputed: bool):
     folder = setting.folder
     args = BCOConfig(
         **training_options(setting),
+        **IN_ORDER,
         precompute_ref_log_probs=precomputed,
         gradient_checkpointing=False,
         bf16=False,
@@ -159,6 +173,7 @@ def trl_kto(setting: Setting, precomputed: bool):
             row["KL_completion_ids"] = other["completion_ids"]
     args = KTOConfig(
         **training_options(setting),
+        **IN_ORDER,
         precompute_ref_log_probs=precomputed,
         gradient_checkpointing=False,
         bf16=False,

@@ -6,15 +6,17 @@ sequences need no FlashAttention to be kept apart, and no [T, T] mask exists.
 
 A row may also continue the runs of a row that was computed before: their keys and values are kept for it, layer by layer.
 
-The model's own attention function (SDPA, eager, FlashAttention) runs on each segment, so grouped queries, softcaps, sinks
-and dropout are the model's. The segments travel as an attribute of a four-dimensional attention mask, because every model
+The model's own attention function (SDPA, eager) runs on each segment, so grouped queries, softcaps, sinks and dropout are
+the model's; FlashAttention takes all of them in one call, with the lengths of queries and keys. The segments travel as an attribute of a four-dimensional attention mask, because every model
 hands such a mask to its layers untouched, also when a checkpointed layer runs again in the backward.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 if TYPE_CHECKING:
     from ..data.batch import Segment, Segments
@@ -44,6 +47,11 @@ def base_attention(config: PreTrainedConfig) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager").removeprefix(PREFIX)
 
 
+def is_flash(config: PreTrainedConfig) -> bool:
+    """Whether the model's attention is FlashAttention of any version, from a package or from the Hub."""
+    return is_flash_attention_requested(requested_attention_implementation=base_attention(config))
+
+
 def knows_segments(config: PreTrainedConfig) -> bool:
     return str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
 
@@ -60,37 +68,85 @@ def use_segments(model: nn.Module, on: bool = True) -> None:
 
 
 def _attention(base: str) -> Callable:
+    flash = is_flash_attention_requested(requested_attention_implementation=base)
+
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
     ):
         run = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
         if not hasattr(attention_mask, "segments"):
-            return run(module, query, key, value, attention_mask, **options)
+            with _named(module.config, base, flash):
+                return run(module, query, key, value, attention_mask, **options)
         for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             options.pop(name, None)  # they describe the whole row
-        outputs = []
-        segments = attention_mask.segments
+        segments, masks = attention_mask.segments, attention_mask.masks
         segments.visits.append(getattr(module, "layer_idx", None))
-        before = key, value
-        if segments.continues is not None:
-            before = segments.continues.kept.pop(module)
+        before = (None, None) if segments.continues is None else segments.continues.kept.pop(module)
         if segments.kept is not None:
             segments.kept[module] = key.detach(), value.detach()
-        for segment in segments.parts:
-            here = slice(segment.start, segment.stop)
-            keys, values = key[:, :, here], value[:, :, here]
-            if segment.prompt is not None:
-                prompt = slice(*segment.prompt)
-                keys = torch.cat([before[0][:, :, prompt], keys], dim=2)
-                values = torch.cat([before[1][:, :, prompt], values], dim=2)
-            mask = None  # FlashAttention is causal to the lower right, and reads the window itself
-            if not base.startswith("flash"):
-                window = options.get("sliding_window")
-                mask = _mask(attention_mask.masks, segment, window, query, additive=base == "eager")
-            outputs.append(run(module, query[:, :, here], keys, values, mask, **options)[0])
+        keys, values = (_paths(segments, own, other) for own, other in zip((key, value), before, strict=True))
+        if flash:
+            together = (torch.cat(list(itertools.chain.from_iterable(paths)), dim=2) for paths in (keys, values))
+            with _named(module.config, base, flash):
+                return run(module, query, *together, None, **options, **_lengths(masks, segments, query.device))
+        outputs = []
+        queries = query.split([part.stop - part.start for part in segments.parts], dim=2)
+        for segment, own, *path in zip(segments.parts, queries, keys, values, strict=True):
+            mask = _mask(masks, segment, options.get("sliding_window"), query, additive=base == "eager")
+            outputs.append(run(module, own, *(torch.cat(pieces, dim=2) for pieces in path), mask, **options)[0])
         return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]
 
     return attention
+
+
+@contextlib.contextmanager
+def _named(config: PreTrainedConfig, base: str, flash: bool) -> Iterator[None]:
+    """transformers loads FlashAttention by the name in the layer's config, which here must be its own."""
+    name = config._attn_implementation
+    if flash:
+        config._attn_implementation = base
+    try:
+        yield
+    finally:
+        if flash:
+            config._attn_implementation = name
+
+
+def _paths(segments: Segments, own: Tensor, before: Tensor | None) -> list[list[Tensor]]:
+    """Keys or values [1, heads, T, size] cut into what each segment attends to: its prompt, if it has one, and itself.
+
+    Cut by one split, whose backward is one concatenation: slices would each fill a gradient of the whole row with zeros.
+    """
+    pieces = own.split([part.stop - part.start for part in segments.parts], dim=2)
+    prompts = {(part.start, part.stop): piece for part, piece in zip(segments.parts, pieces, strict=True)}
+    paths = []
+    for part, piece in zip(segments.parts, pieces, strict=True):
+        if part.prompt is None:
+            paths.append([piece])
+        else:
+            paths.append([prompts[part.prompt] if before is None else before[:, :, slice(*part.prompt)], piece])
+    return paths
+
+
+def _lengths(masks: dict, segments: Segments, device: torch.device) -> dict:
+    """What FlashAttention must know of the segments: where the queries of each begin, and its keys. It aligns its causal mask
+    to the lower right, and applies the window itself."""
+    if "lengths" not in masks:
+        queries = [part.stop - part.start for part in segments.parts]
+        keys = [
+            n + (p.prompt[1] - p.prompt[0] if p.prompt else 0) for n, p in zip(queries, segments.parts, strict=True)
+        ]
+        q, k = (
+            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (queries, keys)
+        )
+        masks["lengths"] = {
+            "cu_seq_lens_q": q,
+            "cu_seq_lens_k": k,
+            "max_length_q": max(queries),
+            "max_length_k": max(keys),
+        }
+    return masks["lengths"]
 
 
 def _mask(masks: dict, segment: Segment, window: int | None, query: Tensor, *, additive: bool) -> Tensor | None:

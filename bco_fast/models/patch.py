@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..head.linear_logps import head_logps
 from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
-from .attention import base_attention, knows_segments, segment_mask
+from .attention import is_flash, knows_segments, segment_mask
 
 TARGETS = "logp_targets"
 ROWS = "logp_rows"
@@ -252,7 +252,7 @@ def forward_logps(
     if "rows" not in batch or getattr(config, "output_router_logits", False):
         names += ["attention_mask"]
     segmented = "segments" in batch and knows_segments(config)
-    if base_attention(config).startswith("flash_attention") and not segmented:
+    if is_flash(config) and not segmented:
         names += ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"]
     inputs = {name: batch[name] for name in names if name in batch}
     if segmented:

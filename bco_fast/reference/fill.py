@@ -17,7 +17,7 @@ from .. import files
 from ..data.batch import Layout, collate_tokens, to_device
 from ..data.dataset import Example
 from ..data.samplers import token_batches
-from ..models.attention import base_attention, knows_segments
+from ..models.attention import is_flash, knows_segments
 from ..models.patch import completion_logps, logp_budget
 from .cache import CacheError, FillPlan, ReferenceCache
 from .ranks import gather_objects, number_of_ranks, own_rank
@@ -97,8 +97,7 @@ def fill(
     present, seen = list(cache.shards), SeenShards(cache.folder)
     computed = 0
     if layout is None:
-        flash = base_attention(model.config).startswith("flash_attention")
-        layout = "shared" if knows_segments(model.config) else "packed" if flash else "padded"
+        layout = "shared" if knows_segments(model.config) else "packed" if is_flash(model.config) else "padded"
     with _as_reference(model, adapter), autocast or contextlib.nullcontext():
         if missing:
             cache.model_name = Path(str(getattr(model.config, "_name_or_path", ""))).name

@@ -10,7 +10,7 @@ from torch import nn
 from ..data.batch import Layout, layout_tokens
 from ..data.dataset import Example, FeedbackDataset
 from ..data.samplers import GroupedSampler, token_batches
-from ..models.attention import base_attention, use_segments
+from ..models.attention import is_flash, use_segments
 from .checks import check_budget, check_layout
 from .config import FeedbackConfig
 
@@ -52,7 +52,7 @@ def choose_layout(
             raise ValueError(f"share_prompts: {reason}")
         logger.info("prompts are not shared: %s", reason)
     if plain == "packed" and not sharded:
-        if not base_attention(model.config).startswith("flash") and _try(model, dataset, pad_token_id, plain) is None:
+        if not is_flash(model.config) and _try(model, dataset, pad_token_id, plain) is None:
             return plain  # each sequence by itself, where a mask would have held all pairs of tokens
         check_layout(model, dataset.examples[:3], pad_token_id, plain)
     return plain
