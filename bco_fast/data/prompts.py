@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from .chat import ChatEncoder, Message, as_messages, as_tools
-from .rows import BadRows, as_text
+from .rows import BadRows, as_text, refuse_media
 from .sources import FeedbackError, RowError, as_record, open_source, shortened
 from .tokenizer import open_ids, warn_of_control_texts
 
@@ -36,6 +36,7 @@ def read_prompts(source: str | os.PathLike | Iterable[str | Sequence[Message] | 
     for where, record in open_source(source).records:
         try:
             record = as_record({"prompt": record} if isinstance(record, (str, list, tuple)) else record)
+            refuse_media(record)
             name, prompt = prompt_of(record)
             if prompt is None:
                 raise RowError(f"none of the columns {', '.join(TEXTS)} (found: {shortened(record)})")

@@ -7,7 +7,8 @@
     {"messages": [{"role": "user", ...}, {"role": "assistant", ..., "label": true}, ...]}       a thumb on each turn, `turns`
 
 A prompt or completion is a string or chat messages. `weight` (>= 0, default 1) multiplies the row's cost, `tools` is
-passed to the chat template, `kto_tag` is the label where there is no `label`; other columns are ignored.
+passed to the chat template, `kto_tag` is the label where there is no `label`. A row with images, video or audio is refused;
+other columns are ignored.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ COLUMNS = (
     "weight",
     "tools",
 )
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that a row of text does not have, or has empty. Left out in silence, they would leave a prompt about nothing."""
 
 LARGEST_WEIGHT = 3.4028234663852886e38
 """Of float32, in which losses are weighted."""
@@ -138,12 +142,13 @@ def read_rows(
     bad_rows = BadRows(on_bad_row)
     renamed = _columns(columns)
     scale = _scale(score_scale, needs)
-    stream = open_source(source, {*COLUMNS, *renamed.values()}, renamed)
+    stream = open_source(source, {*COLUMNS, *MEDIA, *renamed.values()}, renamed)
     rows: list[FeedbackRow] = []
     try:
         for where, record in stream.records:
             try:
                 record = _renamed(as_record(record), renamed, stream.columns)
+                refuse_media(record)
                 for turn, part in split_turns(record):
                     rows.append(_row(part, where + turn, needs, scale, stream.columns))
             except RowError as error:
@@ -171,6 +176,14 @@ def _warn_of_repeats(rows: Sequence[FeedbackRow]) -> None:
         logger.warning(
             "%d rows repeat an earlier one, and %d texts have both thumbs up and thumbs down", repeated, both
         )
+
+
+def refuse_media(record: Mapping) -> None:
+    """Raises `RowError` for a row with more than text."""
+    for name in MEDIA:
+        value = record.get(name)
+        if value is not None and not (isinstance(value, (str, bytes, list, tuple, dict)) and not value):
+            raise RowError(f"the row has {name}, and bco_fast trains on text only")
 
 
 def _columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+
+from .multimodal import auto_class, outside_adapters
 
 if TYPE_CHECKING:
     from ..training.config import FeedbackConfig
@@ -34,13 +36,13 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
 
 
 def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namespace) -> nn.Module:
-    """Load a causal language model as `config` says; every choice that "auto" makes is logged once.
+    """Load a language model as `config` says; every choice that "auto" makes is logged once.
 
     Raises:
         ImportError: 4-bit or 8-bit loading without bitsandbytes.
         OSError, ValueError: of `from_pretrained`.
     """
-    options = {"dtype": _dtype(config), "use_safetensors": True, **code_options(path, config.trust_remote_code)}
+    options: dict = {"dtype": _dtype(config)}
     attention = config.attn_implementation
     if attention is None and torch.cuda.is_available():
         attention = "flash_attention_2" if _flash_attention_fits(config) else "sdpa"
@@ -49,7 +51,15 @@ def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namesp
         options["attn_implementation"] = attention
     if config.load_in_4bit or config.load_in_8bit:
         options["quantization_config"] = _quantization(config)
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    return read_weights(path, config.trust_remote_code, **options)
+
+
+def read_weights(path: str | os.PathLike, trust_remote_code: bool, **options) -> nn.Module:
+    """`from_pretrained` of the class that the checkpoint's config asks for, from safetensors."""
+    code = code_options(path, trust_remote_code)
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    chosen = auto_class(AutoConfig.from_pretrained(path, **code, **revision))
+    return chosen.from_pretrained(path, **{"use_safetensors": True, **code, **options})
 
 
 def _dtype(config: FeedbackConfig) -> torch.dtype | str:
@@ -107,6 +117,8 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
             modules_to_save=saved or None,
             task_type="CAUSAL_LM",
         )
+    if peft_config.exclude_modules is None and (outside := outside_adapters(model)):
+        peft_config.exclude_modules = outside
     try:
         model = get_peft_model(model, peft_config)
     except ValueError as error:

@@ -120,13 +120,10 @@ def _refusal(model: nn.Module, head: nn.Module | None) -> str:
 
 
 def _check_kind(model: nn.Module) -> None:
-    """Refuse by name what is not a causal language model on text alone."""
+    """Refuse by name what is not a causal language model."""
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; bco_fast trains causal language models")
-    for part in ("vision_config", "audio_config"):
-        if getattr(config, part, None) is not None:
-            raise ValueError(f"{name} reads more than text ({part}); bco_fast trains causal language models on text")
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(
@@ -154,7 +151,8 @@ def patch_model(
     gradient. Any other call is unchanged. The model is patched in place; patching it again only updates the options.
 
     Args:
-        model: a causal language model whose output embedding is a plain `nn.Linear`.
+        model: a causal language model whose output embedding is a plain `nn.Linear`; one that also reads images or sound
+            is used on text.
         backend, workspace_bytes, sparse_tolerance, stats: see `fused_linear_logps`.
         verify: compare with the model's own logits on four tokens, and refuse a model that does something to its
             logits which this library does not know.
@@ -164,8 +162,7 @@ def patch_model(
 
     Raises:
         TypeError: the model has no lm-head, or it is not a plain `nn.Linear` (quantised, or with an adapter on it).
-        ValueError: the model is an encoder-decoder, reads images or audio, or is prompt-tuned; or the log-probabilities
-            are not those of its logits.
+        ValueError: the model is an encoder-decoder or prompt-tuned; or the log-probabilities are not those of its logits.
     """
     _check_kind(model)
     linears = _linears(model)

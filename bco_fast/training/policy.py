@@ -10,6 +10,7 @@ from torch import nn
 from ..head.types import HeadStats
 from ..models.load import add_adapter, load_model
 from ..models.memory import chunk_mlps
+from ..models.multimodal import freeze_other_modules
 from ..models.patch import patch_model
 from .checks import check_positions
 from .config import FeedbackConfig
@@ -26,8 +27,11 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_model(model, args)
-    if (args.use_peft or peft_config is not None) and not hasattr(model, "peft_config"):
-        model = add_adapter(model, args, peft_config)
+    if not hasattr(model, "peft_config"):
+        if args.use_peft or peft_config is not None:
+            model = add_adapter(model, args, peft_config)
+        else:
+            freeze_other_modules(model)
     if args.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):

@@ -91,6 +91,9 @@ def _batches(dataset: FeedbackDataset, args: FeedbackConfig) -> Iterator[Sequenc
 
 def _try(model: nn.Module, dataset: FeedbackDataset, pad_token_id: int, layout: Layout) -> str | None:
     """Let the model read segments if that changes nothing; -> None, or why not."""
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)  # Llama 4
+    if chunk is not None and (longest := max(len(example.input_ids) for example in dataset.examples)) > chunk:
+        return f"the model attends within chunks of {chunk} tokens, and a row has {longest}"
     try:
         use_segments(model)
         check_layout(model, dataset.examples[:3], pad_token_id, layout)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM
-
-from ..models.load import code_options
+from ..models.load import read_weights
 from .config import FeedbackConfig, _option
 from .trainer import FeedbackTrainer
 
@@ -149,12 +147,12 @@ class BCOTrainer(FeedbackTrainer):
 def _load(model, trusted: bool, options: dict):
     if not isinstance(model, str):
         return model
-    options = {"use_safetensors": True, **code_options(model, trusted), **options}
-    return AutoModelForCausalLM.from_pretrained(model, **options)
+    return read_weights(model, trusted, **options)
 
 
 def _positions(model) -> int:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    positions = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         raise ValueError("max_length=None: the model does not say how many positions it has, give a number")
     return positions
