@@ -5,13 +5,14 @@ STAMP := $(VENV)/.pins-$(PINS)
 RUN := $(VENV)/bin/python
 PEERS := $(basename $(notdir $(wildcard tests/peers/*.txt)))
 
-.PHONY: help venv venv-peers demo demo-online test test-all lint bench docs clean
+.PHONY: help venv venv-peers demo demo-online test test-all test-ranks lint bench docs clean
 
 help:
 	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
 	@echo 'make demo-online  offline BCO against online UNA on the same task, three seeds'
 	@echo 'make test      the tests (under 4 minutes on two cores)'
 	@echo 'make test-all  the tests with each matmul of the CPU, and the long proofs'
+	@echo 'make test-ranks  several processes under torchrun, accelerate, DeepSpeed and Ray'
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
 	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
@@ -55,6 +56,10 @@ test-all: venv
 	BCO_FAST_CPU_MATMUL=mkl $(PYTEST)
 	BCO_FAST_CPU_MATMUL=onednn $(PYTEST)
 	$(PYTEST) -m 'slow and not gpu'
+
+# One process at a time: each test starts up to four.
+test-ranks: .venv-peers-ranks/.made
+	OMP_NUM_THREADS=1 .venv-peers-ranks/bin/python -m pytest -n 0 -m slow tests/training/test_ranks_launched.py tests/training/test_ranks_ray.py
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -7,14 +7,17 @@ with `trust_remote_code`, which is logged; otherwise transformers would ask on s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.integrations import deepspeed
 
 from .multimodal import auto_class, outside_adapters
 
@@ -59,7 +62,36 @@ def read_weights(path: str | os.PathLike, trust_remote_code: bool, **options) ->
     code = code_options(path, trust_remote_code)
     revision = {"revision": options["revision"]} if "revision" in options else {}
     chosen = auto_class(AutoConfig.from_pretrained(path, **code, **revision))
-    return chosen.from_pretrained(path, **{"use_safetensors": True, **code, **options})
+    with whole_weights():
+        return chosen.from_pretrained(path, **{"use_safetensors": True, **code, **options})
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Keep ZeRO-3 from sharding a model while it is loaded; DeepSpeed does it when training is prepared.
+
+    The reference is identified by its whole weights. transformers shards whatever zero3_init_flag says, and has no other
+    switch than the config it remembers.
+    """
+    remembered = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = remembered
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model that ZeRO-3 sharded while it was loaded: no rank has weights to check or to identify it by.
+
+    Raises:
+        ValueError: says how to load it.
+    """
+    if any(hasattr(p, "ds_id") and not p.numel() for p in model.parameters()):
+        raise ValueError(
+            "ZeRO-3 has sharded the model while it was loaded, so its weights cannot be identified: pass its path instead, "
+            "or load it before the FeedbackConfig is made; DeepSpeed then shards it when training starts"
+        )
 
 
 def _dtype(config: FeedbackConfig) -> torch.dtype | str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..head.linear_logps import head_logps
 from ..head.types import Backend, HeadOptions, HeadSpec, HeadStats
 from .attention import is_flash, knows_segments, segment_mask
+from .load import refuse_sharded
 
 TARGETS = "logp_targets"
 ROWS = "logp_rows"
@@ -162,9 +163,11 @@ def patch_model(
 
     Raises:
         TypeError: the model has no lm-head, or it is not a plain `nn.Linear` (quantised, or with an adapter on it).
-        ValueError: the model is an encoder-decoder or prompt-tuned; or the log-probabilities are not those of its logits.
+        ValueError: the model is an encoder-decoder, prompt-tuned, or was sharded by ZeRO-3 while it was loaded; or the
+            log-probabilities are not those of its logits.
     """
     _check_kind(model)
+    refuse_sharded(model)
     linears = _linears(model)
     for linear in linears:
         if type(linear) not in (nn.Linear, _LogpLinear):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.attention import PREFIX
+from ..models.load import refuse_sharded
 from .cache import ReferenceId
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
         ValueError: a weight is not in memory (meta device, or sharded by ZeRO-3 while loading), or an adapter is merged
             into the base weights in place.
     """
-    if any(hasattr(p, "ds_id") and not p.numel() for p in model.parameters()):
-        raise ValueError(
-            "ZeRO-3 has sharded the reference model while it was loaded, so its weights cannot be identified: set "
-            "zero3_init_flag: false, so that it is sharded after loading"
-        )
+    refuse_sharded(model)
     weights = _weights(model, adapter)
     config = _computed(model.config, _source(model))
     if adapter and hasattr(model, "peft_config"):

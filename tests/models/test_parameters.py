@@ -11,6 +11,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_f
 from small_runs import TOKENIZER, reward_error
 from small_runs import config as _config
 from torch import nn
+from transformers.integrations import deepspeed
 
 from bco_fast import FeedbackTrainer, patch_model
 from bco_fast.data.batch import collate
@@ -231,6 +232,19 @@ def test_a_mixture_of_experts_adds_its_own_loss(tmp_path):
         losses.append(float(trainer.compute_loss(trainer.model, batch).detach()))
         own = float(trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss.detach())  # fmt: skip
     assert losses[1] == pytest.approx(losses[0] + 0.5 * own, rel=1e-5)
+
+
+def test_zero3_does_not_shard_a_model_while_it_is_loaded(tmp_path):
+    """transformers would shard it; what else it knows of DeepSpeed stays."""
+    tiny.model().save_pretrained(tmp_path)
+    zero3 = type("Config", (), {"is_zero3": lambda self: True, "config": {}})()
+    deepspeed.set_hf_deepspeed_config(zero3)
+    try:
+        loaded = load_model(tmp_path, _config(tmp_path))
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert all(map(torch.equal, loaded.state_dict().values(), tiny.model().state_dict().values()))
 
 
 def test_choices_of_loading_are_said(tmp_path, caplog):

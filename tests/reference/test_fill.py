@@ -208,8 +208,9 @@ def test_a_model_that_zero3_sharded_while_loading_is_not_identified():
     model = tiny.model()
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.data = number, torch.empty(0)
-    with pytest.raises(ValueError, match="zero3_init_flag: false"):
-        reference_id(model)
+    for refuses in (reference_id, patch_model):
+        with pytest.raises(ValueError, match="pass its path instead"):
+            refuses(model)
 
 
 def test_a_wrong_value_is_refused_by_recomputing_four_rows(tmp_path, monkeypatch):

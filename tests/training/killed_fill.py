@@ -15,7 +15,7 @@ from bco_fast.data.tokenize import load_feedback
 from bco_fast.reference import fill as filling
 from bco_fast.reference.cache import ReferenceCache, ReferenceId
 
-folder = Path(sys.argv[1])
+folder, name = Path(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
 filling.ROWS_PER_SHARD = 10
 calls, forward = 0, filling.token_logps
@@ -30,10 +30,10 @@ def counted(*args):
 
 
 filling.token_logps = counted
-cache = ReferenceCache(folder / "cache", ReferenceId("0" * 32, "0" * 32, "float32", "sdpa"))
+cache = ReferenceCache(folder / name, ReferenceId("0" * 32, "0" * 32, "float32", "sdpa"))
 examples = load_feedback(str(folder / "rows.jsonl"), TOKENIZER).examples
 report = filling.fill(cache, examples, patch_model(tiny.model()), tokens_per_batch=20, progress=False, lockstep=True)
-computed = [None, None]
+computed = [None] * dist.get_world_size()
 dist.all_gather_object(computed, report.computed)
 if dist.get_rank() == 0:
     (folder / "computed.json").write_text(json.dumps(sum(computed)))

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/training/ranked.py OUTPUT NAME [NAME ...]
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ from small_runs import TOKENIZER, config
 from torch.distributed.tensor import DTensor
 
 from bco_fast import FeedbackTrainer
+from bco_fast.models.load import whole_weights
 
 ROWS = 4  # of a micro-batch
 SHAPES = {
@@ -36,6 +38,8 @@ def cases(name):
 def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     """Train for five steps, evaluate; -> log lines, metrics and weights. `scale` micro-batches stand in for that many ranks."""
     loss_type, shape, accumulation, lora, rows, kind = cases(name)
+    with whole_weights():
+        model = tiny.model()
     torch.manual_seed(0)
     data, held_out = tiny.feedback_for(loss_type, rows), tiny.feedback_for(loss_type, 7, seed=5)
     if kind == "shared":  # a second completion of every prompt
@@ -50,7 +54,7 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
         learning_rate=0.3 if lora else 0.02, max_grad_norm=0.0, seed=3, **shape, **adapter, **OPTIONS.get(loss_type, {}),
         **options,
     )  # fmt: skip
-    trainer = FeedbackTrainer(tiny.model(), args, data, held_out, processing_class=TOKENIZER)
+    trainer = FeedbackTrainer(model, args, data, held_out, processing_class=TOKENIZER)
     if after is not None:
         after(trainer)
     trainer.train()
@@ -58,17 +62,31 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     left_out = ("runtime", "per_second", "preparation_time")
     lines = [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in trainer.state.log_history if "loss" in e]
     weights = {n: p for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad}
-    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in weights.items()}
+    with gathered(list(weights.values())):
+        weights = {n: whole(p).detach().double().flatten().tolist() for n, p in weights.items()}
     found = {
         "lines": lines,
         "metrics": {k: v for k, v in metrics.items() if not k.endswith(left_out)},
-        "weights": {n.removeprefix("module."): w.detach().double().flatten().tolist() for n, w in weights.items()},
+        "weights": {n.removeprefix("module."): w for n, w in weights.items()},
         "layout": trainer.layout,
         "computed": trainer.reference_report.computed,
     }
     del trainer
     gc.collect()  # DDP's reducer must go before its process group
     return found
+
+
+def whole(parameter):
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def gathered(parameters):
+    """ZeRO-3 leaves no rank with a whole parameter."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def of_ranks(rank, world, folder, names, options, fsdp=False):
