@@ -1,14 +1,15 @@
-"""Long context on one GPU: activations that wait in host memory, and MLPs that run over a few tokens at a time."""
+"""Activations that wait in host memory, and the memory that a process has taken."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger("bco_fast")
 
@@ -22,73 +23,96 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-class offload_activations(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, tensors saved for the backward wait in pinned host memory, but for weights and small ones.
+class _Waiting:
+    """A tensor in host memory, and the one that was saved before it, which the backward reads next."""
 
-    With gradient checkpointing what is saved is one hidden state per layer: 4 * tokens * D bytes each in float32. Copies
-    run on the current stream, so they are ordered with the kernels that wrote and will read the tensor, and its memory
-    can be used again at once.
+    def __init__(self, host: Tensor, device: torch.device, before: _Waiting | None):
+        self.host, self.device, self.before = host, device, before
+        self.back: Tensor | None = None
+        self.ready = None
+
+
+class offload_activations(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, what a batch saves for its backward waits in pinned host memory, but for small tensors and weights.
+
+    With gradient checkpointing that is one hidden state per layer. Copies run on a stream of their own, beside the
+    computation; in the backward each tensor is fetched while the layer before it is at work, so two are on the device.
+
+    Args:
+        shape: [B, T] of the batch. What does not begin with B, or has no T in the next two places, is a weight or small.
     """
 
-    def __init__(self, device_type: str = "cuda", min_bytes: int = OFFLOAD_BYTES):
+    def __init__(self, shape: torch.Size, device_type: str = "cuda", min_bytes: int = OFFLOAD_BYTES):
+        self.shape, self.device_type, self.min_bytes = shape, device_type, min_bytes
         self.bytes = 0
         """Moved to host memory so far."""
-
-        def pack(tensor: Tensor):
-            weight = isinstance(tensor, nn.Parameter) or (tensor._base is not None and isinstance(tensor._base, nn.Parameter))  # fmt: skip
-            size = tensor.numel() * tensor.element_size()
-            if weight or tensor.device.type != device_type or size < min_bytes:
-                return tensor
-            host = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
-            )  # fmt: skip
-            host.copy_(tensor, non_blocking=True)
-            self.bytes += size
-            return tensor.device, host
-
-        def unpack(saved):
-            return saved if isinstance(saved, Tensor) else saved[1].to(saved[0], non_blocking=True)
-
-        super().__init__(pack, unpack)
+        self.last: _Waiting | None = None
+        self.stream = None
+        super().__init__(self._pack, self._unpack)
 
     def __enter__(self) -> offload_activations:
         super().__enter__()
         return self
 
+    def _pack(self, tensor: Tensor) -> Tensor | _Waiting:
+        whole = tensor if tensor._base is None else tensor._base  # a matmul saves its input as [B * T, D]
+        weight = isinstance(whole, nn.Parameter) or not any(map(self._of_batch, (tensor, whole)))
+        if weight or tensor.device.type != self.device_type:
+            return tensor
+        size = tensor.numel() * tensor.element_size()
+        if size < self.min_bytes:
+            return tensor
+        self.bytes += size
+        with self._beside(tensor.device) as stream:
+            self.last = _Waiting(self.host(tensor), tensor.device, self.last)
+        if stream is not None:
+            tensor.record_stream(stream)  # its memory is free once it has been read
+        return self.last
 
-def chunk_mlps(model: nn.Module, tokens: int) -> int:
-    """Make every MLP run over `tokens` positions at a time, recomputed in the backward; -> how many were found.
+    def _of_batch(self, tensor: Tensor) -> bool:
+        rows, length = self.shape
+        return tensor.dim() > 2 and tensor.shape[0] == rows and length in tensor.shape[1:3]
 
-    An MLP treats positions independently, so the result is the same; its inner activation, 3.5 times as wide as the
-    hidden state in a Llama, exists for `tokens` positions only. An MLP is a decoder layer's `mlp` that takes and
-    returns one tensor (a router's experts are not).
+    def host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory."""
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type != "cpu")
+        return copied.copy_(tensor, non_blocking=True)
 
-    Raises:
-        ValueError: tokens < 1, or the model has no such module.
-    """
-    if tokens < 1:
-        raise ValueError(f"mlp_chunk_tokens must be at least 1, not {tokens}")
-    mlps = [
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] == "mlp" and not any(hasattr(module, part) for part in ("experts", "router", "gate"))
-    ]
-    if not mlps:
-        raise ValueError(f"{type(model).__name__} has no module named mlp to run in chunks; leave mlp_chunk_tokens off")
-    for mlp in mlps:
-        _chunk(mlp, tokens)
-    return len(mlps)
+    def _unpack(self, saved: Tensor | _Waiting) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        self._fetch(saved)
+        if saved.before is not None:
+            self._fetch(saved.before)
+        tensor, ready = saved.back, saved.ready
+        saved.back = saved.ready = None
+        if ready is not None:
+            current = torch.get_device_module(saved.device).current_stream(saved.device)
+            current.wait_event(ready)
+            tensor.record_stream(current)
+        return tensor
+
+    def _fetch(self, saved: _Waiting) -> None:
+        if saved.back is not None:
+            return
+        with self._beside(saved.device) as stream:
+            saved.back = torch.empty_like(saved.host, device=saved.device).copy_(saved.host, non_blocking=True)
+            saved.ready = None if stream is None else stream.record_event()
+
+    @contextlib.contextmanager
+    def _beside(self, device: torch.device) -> Iterator:
+        """The stream of the copies, after what the computation has been given so far; None on a CPU."""
+        if device.type == "cpu":
+            yield None
+            return
+        module = torch.get_device_module(device)
+        if self.stream is None:
+            self.stream = module.Stream(device)
+        self.stream.wait_stream(module.current_stream(device))
+        with module.stream(self.stream):
+            yield self.stream
 
 
-def _chunk(mlp: nn.Module, tokens: int) -> None:
-    whole = mlp.forward
-
-    def forward(hidden: Tensor) -> Tensor:  # [B, T, D]
-        if hidden.dim() != 3 or hidden.shape[1] <= tokens:
-            return whole(hidden)
-        parts = hidden.split(tokens, dim=1)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(whole, part, use_reentrant=False) for part in parts], dim=1)
-        return torch.cat([whole(part) for part in parts], dim=1)
-
-    mlp.forward = forward
+def offloading(shape: torch.Size, on: bool) -> contextlib.AbstractContextManager:
+    """`offload_activations` for a batch of [B, T] tokens, if it is wanted."""
+    return offload_activations(shape) if on else contextlib.nullcontext()

@@ -143,6 +143,11 @@ class FeedbackConfig(TrainingArguments):
     mlp_chunk_tokens: int | None = _option(
         None, "Tokens that an MLP processes at a time, for long context. Default: all."
     )
+    layer_chunk_tokens: int | None = _option(
+        None,
+        "Tokens that norms, projections and MLPs process at a time, recomputed in the backward, for long context. Default: "
+        "all.",
+    )
 
     max_length: int = _option(1024, "Longest row: prompt and completion together, tokens.")
     max_prompt_length: int | None = _option(

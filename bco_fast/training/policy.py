@@ -9,9 +9,9 @@ from torch import nn
 
 from ..head.types import HeadStats
 from ..models.load import add_adapter, load_model
-from ..models.memory import chunk_mlps
 from ..models.multimodal import freeze_other_modules
 from ..models.patch import patch_model
+from ..models.tiles import tile_layers, tile_mlps
 from .checks import check_positions
 from .config import FeedbackConfig
 
@@ -45,6 +45,9 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
         stats=stats if args.sparse_tolerance else None,
     )
     if args.mlp_chunk_tokens is not None:
-        chunked = chunk_mlps(model, args.mlp_chunk_tokens)
-        logger.info("%d MLPs run over %d tokens at a time", chunked, args.mlp_chunk_tokens)
+        tiled = tile_mlps(model, args.mlp_chunk_tokens)
+        logger.info("%d MLPs run over %d tokens at a time", tiled, args.mlp_chunk_tokens)
+    if args.layer_chunk_tokens is not None:
+        tiled = tile_layers(model, args.layer_chunk_tokens)
+        logger.info("%d norms, projections and MLPs run over %d tokens at a time", tiled, args.layer_chunk_tokens)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
@@ -20,7 +19,7 @@ from ..data.samplers import GroupedSampler, StratifiedSampler, balancing_weights
 from ..data.tokenize import load_feedback
 from ..data.tokenizer import pad_or_eos
 from ..losses import LossOutput
-from ..models.memory import offload_activations
+from ..models.memory import offloading
 from ..models.patch import forward_logps
 from ..reference.fill import FillReport
 from . import checks
@@ -197,7 +196,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         step = num_items_in_batch if isinstance(num_items_in_batch, Step) else Step.alone(inputs)
         begins, training = step.begin(model, mismatched=self.objective.mismatched), torch.is_grad_enabled()
         self.finite.begin(inputs["index"])
-        with offload_activations() if self.args.activation_offloading and training else contextlib.nullcontext():
+        with offloading(inputs["input_ids"].shape, self.args.activation_offloading and training):
             out, aux_loss = self._run(model, inputs, lambda: step.reference_point(model), observe=training)
         loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
         filled = "placeholder" not in inputs

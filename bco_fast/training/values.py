@@ -27,6 +27,7 @@ AT_LEAST = {
     "reference_tokens_per_batch": 1,
     "tokens_per_batch": 1,
     "mlp_chunk_tokens": 1,
+    "layer_chunk_tokens": 1,
     "lora_r": 1,
     "workspace_bytes": 32768,  # the smallest tile of the fused head
 }

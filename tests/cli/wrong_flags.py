@@ -53,6 +53,7 @@ TABLE = {
         "reference_tokens_per_batch": ["0", "-1"],
         "tokens_per_batch": ["0"],
         "mlp_chunk_tokens": ["0"],
+        "layer_chunk_tokens": ["0"],
         "attn_implementation": ["nope", "flash_attention_2 [flash_attn]"],
         "model_dtype": ["int8"],
         "cache_dir": ["f.jsonl", "/proc/x", "/dev/null/c"],

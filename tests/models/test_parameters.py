@@ -17,8 +17,9 @@ from bco_fast import FeedbackTrainer, patch_model
 from bco_fast.data.batch import collate
 from bco_fast.data.dataset import Example
 from bco_fast.models.load import add_adapter, load_model
-from bco_fast.models.memory import chunk_mlps, offload_activations
+from bco_fast.models.memory import offload_activations
 from bco_fast.models.patch import completion_logps
+from bco_fast.models.tiles import tile_mlps
 from bco_fast.reference.identity import reference_id
 
 
@@ -156,7 +157,8 @@ def _gradients(tmp_path, **options):
 @pytest.mark.parametrize(
     "options",
     [{"gradient_checkpointing": True}, {"mlp_chunk_tokens": 3}, {"activation_offloading": True},
-     {"gradient_checkpointing": True, "mlp_chunk_tokens": 2, "activation_offloading": True}],
+     {"gradient_checkpointing": True, "mlp_chunk_tokens": 2, "activation_offloading": True},
+     {"layer_chunk_tokens": 3}, {"gradient_checkpointing": True, "layer_chunk_tokens": 4}],
     ids=str,
 )  # fmt: skip
 def test_saving_memory_changes_no_gradient(tmp_path, options):
@@ -172,21 +174,22 @@ def test_activations_are_offloaded_and_weights_are_not():
     """On the CPU "host memory" is where they are; the test moves them all the same and counts."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
-    x = torch.randn(100, 64, requires_grad=True)
+    x = torch.randn(1, 100, 64, requires_grad=True)
     model(x).square().sum().backward()
     expected = [x.grad.clone(), *(p.grad.clone() for p in model.parameters())]
     x.grad = None
     model.zero_grad()
-    with offload_activations("cpu", min_bytes=0) as hooks:
+    with offload_activations(x.shape[:2], "cpu", min_bytes=0) as hooks:
         loss = model(x).square().sum()
     # Linear saves its input, GELU its input, square its input: four tensors of 100 x 64 floats, and no weight
     assert hooks.bytes == 4 * 100 * 64 * 4
     loss.backward()
     for mine, theirs in zip([x.grad, *(p.grad for p in model.parameters())], expected, strict=True):
         assert torch.equal(mine, theirs)
-    with offload_activations("cpu", min_bytes=1 << 20) as hooks:
-        model(x)
-    assert hooks.bytes == 0
+    for shape, least in ((x.shape[:2], 1 << 20), (torch.Size((1, 99)), 0)):  # small; of no batch of that shape
+        with offload_activations(shape, "cpu", min_bytes=least) as hooks:
+            model(x)
+        assert hooks.bytes == 0
 
 
 def test_chunked_mlps_hold_less_at_once():
@@ -196,14 +199,14 @@ def test_chunked_mlps_hold_less_at_once():
         layer.mlp.up_proj.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
     tokens = torch.randint(0, 60, (2, 30))
     whole = model(tokens).logits
-    assert chunk_mlps(model, 8) == 2
+    assert tile_mlps(model, 8) == 2
     seen.clear()
     assert torch.allclose(model(tokens).logits, whole, atol=1e-5)
     assert max(seen) == 8
     with pytest.raises(ValueError, match="at least 1"):
-        chunk_mlps(model, 0)
+        tile_mlps(model, 0)
     with pytest.raises(ValueError, match="no module named mlp"):
-        chunk_mlps(nn.Linear(2, 2), 4)
+        tile_mlps(nn.Linear(2, 2), 4)
 
 
 def test_bf16_autocast_starts_within_its_budget(tmp_path, caplog):
