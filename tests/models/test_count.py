@@ -41,7 +41,7 @@ CASES = {
     "LoRA, offloaded": (
         CHECKPOINTED | {"use_peft": True, "layer_chunk_tokens": 128, "activation_offloading": True},
         1024,
-    ),  # fmt: skip
+    ),
     "LoRA, bfloat16": (CHECKPOINTED | {"use_peft": True, "model_dtype": "bfloat16"}, 1024),
     "full, autocast": (CHECKPOINTED | {"bf16": True}, 1024),
 }
