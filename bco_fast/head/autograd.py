@@ -151,8 +151,8 @@ def _report(stats: Tensor | None, found: Tensor) -> None:
 
 def linear_logps(
     inputs: HeadInputs, options: HeadOptions, *, ignore_index: int | None, entropy: bool, entropy_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """logps [N] and entropy [N] from the named backend."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """logps [N], entropy [N] and the sum of e^(z - max z) [N], from the named backend; the reference has no such sum."""
     hidden, weight, targets, bias, spec = inputs
     stats = None if options.stats is None else options.stats.report
     if options.backend == "reference":
@@ -162,12 +162,12 @@ def linear_logps(
         logps, h = reference.linear_logps(inputs, dispatch.kept(targets, ignore_index))
         if logps.requires_grad:
             logps.register_hook(lambda _: _report(stats, torch.tensor(DENSE)))
-        return logps, h if entropy else None
+        return logps, h if entropy else None, None
     trainable = is_trainable(weight, bias)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
     tolerance = float(options.sparse_tolerance) if trainable else 0.0  # a frozen head has nothing to leave out
-    logps, h, *_ = ops.linear_logps(
+    logps, h, _, row_sum, *_ = ops.linear_logps(
         hidden, weight, targets, bias, *spec, ignore_index, options.backend, options.workspace_bytes, tolerance,
         entropy, frozen, trainable or (frozen and entropy and entropy_grad), stats,
     )  # fmt: skip
-    return logps, h if entropy else None
+    return logps, h if entropy else None, row_sum

@@ -149,11 +149,14 @@ def head_logps(
     ignore_index: int | None = None,
     return_entropy: bool = False,
     entropy_grad: bool = True,
+    return_top1: bool = False,
     process_group: ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`fused_linear_logps` with its options in two records.
 
     Args:
+        return_top1: return also whether the target is the most likely token, bool, in the shape of targets; with any
+            backend but the reference, and without a process group. Of tokens that are equally likely, each is.
         entropy_grad: False where the entropy is only read: it then carries no gradient, and a frozen head saves
             nothing to recompute it from.
     """
@@ -174,15 +177,17 @@ def head_logps(
     inputs = HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).long(), bias, spec)
     how = {"ignore_index": ignore_index, "entropy": return_entropy}
     if process_group is None:
-        logps, entropy = autograd.linear_logps(inputs, options, entropy_grad=entropy_grad, **how)
+        logps, entropy, row_sum = autograd.linear_logps(inputs, options, entropy_grad=entropy_grad, **how)
     else:
         from . import vocab_parallel
 
         logps, entropy = vocab_parallel.linear_logps(inputs, options, group=process_group, **how)
-    logps = logps.view(targets.shape)
-    if not return_entropy:
-        return logps
-    return logps, (entropy if entropy_grad else entropy.detach()).view(targets.shape)
+    out = (logps.view(targets.shape),)
+    if return_entropy:
+        out += ((entropy if entropy_grad else entropy.detach()).view(targets.shape),)
+    if return_top1:  # the largest probability is e^0 / row_sum
+        out += ((logps.detach() + row_sum.log() >= -8 * torch.finfo(logps.dtype).eps).view(targets.shape),)
+    return out if len(out) > 1 else out[0]
 
 
 def _check_types(**tensors: object) -> None:

@@ -4,6 +4,7 @@
     trainer = FeedbackKTOTrainer(model, args=KTOConfig(...), train_dataset=dataset, objective="bco")
 
 Data, collator, reference handling, arguments and callbacks are TRL's; the loss is ours, on the fused lm-head of bco_fast.
+`use_fused_head(trainer)` leaves TRL's losses as they are and exchanges the head alone, in any of its trainers (`trl_head`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ..losses import OBJECTIVES
 from ..losses.reward_shift import RewardShift
 from ..losses.sequence import sequence_logps
 from ..models.patch import HeadOutput, completion_logps, forward_logps, patch_model
+from .trl_head import use_fused_head
+
+__all__ = ["SUPPORTED", "FeedbackKTOTrainer", "use_fused_head"]
 
 SUPPORTED = ("bco", "bce", "kto", "una_binary_mse", "una_binary_bce", "bnf")
 
