@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import copy
 import json
 import math
 import random
@@ -446,7 +447,7 @@ def _with_odd_values(value, rng, share):
             if isinstance(part, dict) and rng.random() < 0.1:
                 del part[path[-1]]
             else:
-                part[path[-1]] = rng.choice(ODD)
+                part[path[-1]] = copy.deepcopy(rng.choice(ODD))  # a later path may lead into it
         except (KeyError, IndexError, TypeError):
             continue  # what was above it is odd already
     return value
