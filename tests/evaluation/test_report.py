@@ -1,8 +1,8 @@
 """`bco-fast report`, and what a run leaves for it: run.json, held_out.jsonl, a model card at every checkpoint."""
 
 import base64
-import html.parser
 import copy
+import html.parser
 import json
 import math
 import random
