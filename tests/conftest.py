@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PATIENCE = 5  # a test hangs if it takes this many times its limit on the clock: a loaded machine is no failure
 DEVICE = "cuda" if GPU else "cpu"
 
 
@@ -22,8 +24,27 @@ def pytest_collection_modifyitems(config, items):
     if seed is not None:
         random.Random(seed).shuffle(items)  # noqa: S311
     for item in items:
+        marker = item.get_closest_marker("timeout")
+        item.processor_seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(PATIENCE * item.processor_seconds), append=False)
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """`timeout` is a limit of this process's processor seconds, which other work on the machine does not use up."""
+
+    def over(*_):
+        pytest.fail(f"{item.processor_seconds:g} processor seconds were not enough")
+
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, item.processor_seconds)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def pytest_terminal_summary(terminalreporter):

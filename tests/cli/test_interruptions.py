@@ -180,7 +180,7 @@ sys.exit(cli.main(sys.argv[2:]))
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_loaders_workers_too(world, number, code):
     command = [sys.executable, "-c", LOADERS, str(int(number)), *RUN, "--dataloader_num_workers", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, start_new_session=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1000, start_new_session=True)
     assert ended.returncode == code, ended.stderr
     assert "continue from out/checkpoint-3 with --resume_from_checkpoint true" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -190,7 +190,7 @@ def test_a_signal_to_the_loaders_workers_too(world, number, code):
 def _shell(line, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
     command = line.replace("bco-fast", f"{shlex.quote(sys.executable)} -m bco_fast.cli")
-    return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=kept | environment, timeout=300)  # fmt: skip
+    return subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=kept | environment, timeout=1000)  # fmt: skip
 
 
 def test_a_closed_pipe_is_no_error():
@@ -264,7 +264,7 @@ print(json.dumps(found))
 
 
 def _on_a_full_disk(*runs):
-    ended = subprocess.run([sys.executable, "-c", FULL, json.dumps(runs)], capture_output=True, text=True, timeout=600)
+    ended = subprocess.run([sys.executable, "-c", FULL, json.dumps(runs)], capture_output=True, text=True, timeout=1000)
     assert ended.returncode == 0, ended.stderr
     for code, text, left, more in json.loads(ended.stdout.splitlines()[-1]):
         line = text.splitlines()[-1]

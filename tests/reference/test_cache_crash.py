@@ -28,7 +28,7 @@ def folder():
 def _trials(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, WRITERS, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""  # a warning of a torn shard, or a child's exception
     return [json.loads(line) for line in run.stdout.splitlines()]
