@@ -6,12 +6,14 @@ model behaves as before: generation, saving and evaluation by others are untouch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from ..head.linear_logps import head_logps
@@ -51,19 +53,43 @@ class _LogpLinear(nn.Linear):
     """An lm-head. It is the original module under this class, so weights, ties, hooks and names stay what they were."""
 
     bco_fast: _HeadCall
+    planned: Callable[[Tensor], Tensor] | None = None
+    """The forward that a tensor-parallel plan has put before the class's, for logits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         call = self.bco_fast
         if call.targets is None:
-            return super().forward(hidden)
+            return super().forward(hidden) if self.planned is None else self.planned(hidden)
         ignore_index: int | None = -100
         if call.rows is not None:  # every row is asked for, so nothing has to be searched
             hidden, ignore_index = hidden.flatten(0, -2).index_select(0, call.rows), None
         spec = HeadSpec(call.logit_scale, call.softcap)
         # The entropy is only read: a gradient of 0 through it would cost as much as any other.
         how = {"ignore_index": ignore_index, "return_entropy": call.entropy, "entropy_grad": False}
-        out = head_logps(hidden, self.weight, call.targets, self.bias, spec, call.options, **how)
+        weight, bias, group = _own_vocabulary(self)
+        out = head_logps(hidden, weight, call.targets, bias, spec, call.options, process_group=group, **how)
         return torch.stack(out, dim=-1) if call.entropy else out
+
+
+def _own_vocabulary(head: nn.Linear) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
+    """The head's weight and bias on this rank, and the ranks that share the vocabulary.
+
+    Where a plan of tensor parallelism cuts the vocabulary, a plan that gathers the logits gathers none here: each rank
+    sums over its own tokens. A weight that is cut otherwise is gathered.
+    """
+    weight, bias, group = head.weight, head.bias, None
+    if isinstance(weight, DTensor):
+        if weight.placements == (Shard(0),):
+            group, weight = weight.device_mesh.get_group(), weight.to_local()
+        else:
+            weight = weight.full_tensor()
+        if isinstance(bias, DTensor):
+            bias = bias.full_tensor() if group is None else bias.to_local()
+    return weight, bias, group
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _move_post_head(model: nn.Module, call: _HeadCall) -> None:
@@ -151,6 +177,9 @@ def patch_model(
     `logp_entropy=True` the result gets a last dimension of 2, log-probabilities and entropies, the latter without
     gradient. Any other call is unchanged. The model is patched in place; patching it again only updates the options.
 
+    A model that transformers loaded with a tensor-parallel plan keeps its vocabulary cut over the ranks: targets must be
+    the same on all of them, and so are the results.
+
     Args:
         model: a causal language model whose output embedding is a plain `nn.Linear`; one that also reads images or sound
             is used on text.
@@ -187,6 +216,7 @@ def patch_model(
     for linear in fresh:
         linear.__class__ = _LogpLinear
         linear.bco_fast = call
+        linear.planned = vars(linear).pop("forward", None)
     model.register_forward_pre_hook(_set_targets, with_kwargs=True)
     model.register_forward_hook(_clear_targets, always_call=True)
     return model
@@ -201,9 +231,9 @@ def _verify_logits(model: nn.Module, head: nn.Linear, call: _HeadCall) -> None:
     raw: list[Tensor] = []
 
     def in_float32(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        bias = torch.zeros((), device=output.device) if head.bias is None else head.bias.float()
-        pieces = [F.linear(args[0].float(), part.float()) for part in head.weight.split(1 << 13)]
-        raw.append(torch.cat(pieces, dim=-1) + bias)  # the weight is never copied whole
+        bias = torch.zeros((), device=output.device) if head.bias is None else _whole(head.bias).float()
+        pieces = [F.linear(args[0].float(), part.float()) for part in _whole(head.weight).split(1 << 13)]
+        raw.append(torch.cat(pieces, dim=-1) + bias)  # the weight is never copied whole in float32
         return raw[0]
 
     training, hook = model.training, head.register_forward_hook(in_float32)

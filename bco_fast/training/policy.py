@@ -24,9 +24,18 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
     Args:
         peft_config: of the adapter, in place of the one that `args` describes.
         stats: filled in by a sparse backward.
+
+    Raises:
+        ValueError: the model is cut by tensor parallelism; or of `patch_model`.
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_model(model, args)
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"the model is cut by tensor parallelism over {model._tp_size} ranks, and the trainer gives every rank other "
+            "rows: load it without a tp_plan and shard it by FSDP2 or ZeRO-3 (docs/scale.md). patch_model takes it in a "
+            "training loop that gives all ranks the same rows"
+        )
     if not hasattr(model, "peft_config"):
         if args.use_peft or peft_config is not None:
             model = add_adapter(model, args, peft_config)
