@@ -23,7 +23,7 @@ ROOMS = {
     "reference": {"numpy", "torch", "tqdm"},
     "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
     "online": {"numpy", "torch", "transformers", "vllm"},
-    "evaluation": {"matplotlib", "numpy", "torch", "tqdm"},
+    "evaluation": {"httpx", "matplotlib", "numpy", "torch", "tqdm"},
     "integrations": {"torch", "transformers", "trl"},
     "cli": {"matplotlib", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"},
 }
@@ -33,6 +33,7 @@ ONLY_THERE = {
     "datasets": {"data.sources"},
     "sklearn": {"data.density_ratio", "data.embedders"},
     "vllm": {"online.generators"},
+    "httpx": {"evaluation.endpoint"},
 }
 """Packages that few need, and the modules that may ask for them."""
 

@@ -25,7 +25,9 @@ COMMANDS = {
     "report": ("RUN [RUN ...] [--output FILE.html]", "plots and a table of runs, on one page"),
     "bench": ("[--model PATH]", "what the fused head saves on this machine"),
     "generate": ("--model PATH --prompts FILE --output FILE", "completions, as AlpacaEval or Arena-Hard"),
+    "reward": ("--model PATH --data PAIRS --output_dir DIR", "a reward model from pairs"),
     "judge": ("A B --reward PATH|module:function", "win rate of completions A against B"),
+    "reproduce": ("NAME [--seeds 0 1 2]", "a paper's experiment over seeds: fine-tune, align, generate, judge"),
     "shifts": ("--model A --ref_model B --data FILE --output_dir DIR", "what training did to the tokens"),
 }
 """Each is the function of that name in the module of that name: its arguments in, what it prints as JSON out."""

@@ -58,7 +58,7 @@ def read_config(path: str, parser: Parser, config_class: type) -> list[str]:
         ValueError: the file cannot be read or is not one flat mapping; a key is unknown (the nearest one is named), given
             twice, nested or empty; a switch, list or mapping where the option takes none.
     """
-    options = from_trl(_load(path))
+    options = from_trl(load_mapping(path))
     hints = typing.get_type_hints(config_class)
     actions = {action.dest: action for action in parser._actions if action.dest != "config"}
     arguments: list[str] = []
@@ -85,7 +85,8 @@ def read_config(path: str, parser: Parser, config_class: type) -> list[str]:
     return arguments
 
 
-def _load(path: str) -> dict[str, object]:
+def load_mapping(path: str) -> dict[str, object]:
+    """A YAML file as a mapping. Raises `ValueError` if it cannot be read, is none, or gives a key twice."""
     try:
         with Path(path).open("rb") as file:
             text = file.read(MAX_BYTES + 1)

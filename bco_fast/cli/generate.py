@@ -11,10 +11,17 @@ def generate(arguments: list[str]) -> dict:
     parser = Parser(prog="bco-fast generate", description="Write completions of prompts to a file.")
     parser.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
     parser.add_argument(
-        "--prompts", required=True, help="JSONL, JSON, CSV or Parquet with prompt, instruction or turns"
+        "--prompts",
+        required=True,
+        help="JSONL, JSON, CSV or Parquet with prompt, instruction, turns or conversation_input",
     )
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--format", choices=["alpaca_eval", "arena_hard", "jsonl"], default="jsonl", help="of the file")
+    parser.add_argument(
+        "--format",
+        choices=["alpaca_eval", "arena_hard", "mt_bench", "wild_bench", "jsonl"],
+        default="jsonl",
+        help="of the file",
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 for greedy decoding")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus of sampling, (0, 1]")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest completion, tokens")
@@ -29,8 +36,7 @@ def generate(arguments: list[str]) -> dict:
 
     from ..data.prompts import read_prompts
     from ..data.sources import FeedbackError
-    from ..evaluation.generate import GenerationError, Sampling, check_format, write_completions
-    from ..evaluation.generate import generate as draw
+    from ..evaluation.generate import GenerationError, Sampling, check_format, generate_turns, write_completions
 
     check_input("--prompts", options.prompts)
     check_output("--output", options.output, options.prompts)
@@ -38,13 +44,14 @@ def generate(arguments: list[str]) -> dict:
     with usage_errors(ValueError, OSError):
         sampling = Sampling(**{name: getattr(options, name) for name in names})
         with usage_errors(FeedbackError, prefix="--prompts "):
-            prompts = read_prompts(options.prompts)
+            prompts = read_prompts(options.prompts, turns=True)
         with usage_errors(GenerationError, prefix=f"--format {options.format}: "):
             check_format(prompts, options.format)
         model, tokenizer = load_model_and_tokenizer(options.model, options, to_accelerator=True)
-        completions = draw(model, tokenizer, prompts, sampling, chat=options.chat, progress=True)
+        answers = generate_turns(model, tokenizer, prompts, sampling, chat=options.chat, progress=True)
         names = {"generator": options.generator or Path(options.model).name, "dataset": Path(options.prompts).stem}
-        write_completions(options.output, prompts, completions, options.format, **names)
+        write_completions(options.output, prompts, answers, options.format, **names)
+    completions = [answer for turns in answers for answer in turns]
     return {
         "completions": len(completions),
         "mean_tokens": round(sum(c.tokens for c in completions) / len(completions), 2),

@@ -14,19 +14,23 @@ from .tokenizer import open_ids, warn_of_control_texts
 logger = logging.getLogger("bco_fast")
 
 Prompt = str | list[Message]
-TEXTS = ("prompt", "instruction", "turns")
+TEXTS = ("prompt", "instruction", "turns", "conversation_input")
 """Where a record keeps its prompt; the first that is there counts."""
-_IDS = ("question_id", "uid")
+_IDS = ("question_id", "uid", "session_id")
 
 
-def read_prompts(source: str | os.PathLike | Iterable[str | Sequence[Message] | Mapping]) -> list[dict]:
+def read_prompts(
+    source: str | os.PathLike | Iterable[str | Sequence[Message] | Mapping], *, turns: bool = False
+) -> list[dict]:
     """Rows with `prompt`, text or chat messages, and their further columns.
 
     Args:
         source: a file (JSON Lines, a JSON array, CSV, Parquet), a name on the Hub, or an iterable. A record is a string,
-            chat messages, or an object with `prompt`, AlpacaEval's `instruction` or Arena-Hard's `turns`. In online training
+            chat messages, or an object with `prompt`, AlpacaEval's `instruction`, Arena-Hard's `turns` or WildBench's
+            `conversation_input`. In online training
             the further columns reach the reward; the chat template reads `tools`. Prompts are all strings or all chats, and
             a chat does not end with the assistant, whose turn it is.
+        turns: MT-Bench's records with several `turns` are allowed; such a row's prompt is the first, and it keeps `turns`.
 
     Raises:
         FeedbackError: the source cannot be read, or a prompt is missing, empty or malformed; names the row.
@@ -37,12 +41,15 @@ def read_prompts(source: str | os.PathLike | Iterable[str | Sequence[Message] | 
         try:
             record = as_record({"prompt": record} if isinstance(record, (str, list, tuple)) else record)
             refuse_media(record)
-            name, prompt = prompt_of(record)
+            several = turns and isinstance(record.get("turns"), (list, tuple)) and len(record["turns"]) > 1
+            asked = [prompt_of({"turns": [turn]})[1] for turn in record["turns"]] if several else []
+            name, prompt = ("turns", asked[0]) if several else prompt_of(record)
             if prompt is None:
                 raise RowError(f"none of the columns {', '.join(TEXTS)} (found: {shortened(record)})")
             if is_chat(prompt):
                 as_tools(record.get("tools"))
-            rows.append({"prompt": prompt} | {column: value for column, value in record.items() if column != name})
+            kept = {column: value for column, value in record.items() if column != name}
+            rows.append({"prompt": prompt} | kept | ({"turns": asked} if several else {}))
             if is_chat(prompt) is not is_chat(rows[0]["prompt"]):
                 raise RowError("prompts are all strings or all chat messages, not both")
         except RowError as error:
@@ -61,6 +68,8 @@ def prompt_of(record: Mapping) -> tuple[str, Prompt | None]:
         prompt = prompt[0]["content"] if isinstance(prompt[0], Mapping) and "content" in prompt[0] else prompt[0]
     elif isinstance(prompt, (list, tuple)):
         prompt = list(as_messages(prompt, name))
+        if name == "conversation_input":  # WildBench's messages carry more
+            prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
         if prompt[-1]["role"] == "assistant":
             raise RowError(f"{name} ends with the assistant's message, which the model is to write")
         return name, prompt

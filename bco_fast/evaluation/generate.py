@@ -1,8 +1,10 @@
-"""Completions of prompts, written in the formats that AlpacaEval, Arena-Hard and plain JSONL use.
+"""Completions of prompts, written in the formats that AlpacaEval, Arena-Hard, MT-Bench, WildBench and plain JSONL use.
 
 alpaca_eval   a JSON list of {"instruction", "output", "generator", "dataset"}
 arena_hard    JSONL of {"question_id", "answer_id", "model_id", "choices": [{"index", "turns": [{"content",
               "token_len"}]}], "tstamp"}, for the questions of its question.jsonl
+mt_bench      the same, with choices[0].turns a list of texts, one for each turn of a question
+wild_bench    a JSON list of {"session_id", "chat_history", "output": [text], "generator"}, for its conversation_input
 jsonl         {"prompt", "completion"} and the further columns of the prompts
 """
 
@@ -27,7 +29,7 @@ from ..models.sampling import draw
 
 logger = logging.getLogger("bco_fast")
 
-FORMATS = ("alpaca_eval", "arena_hard", "jsonl")
+FORMATS = ("alpaca_eval", "arena_hard", "mt_bench", "wild_bench", "jsonl")
 ANSWERS = (
     "completion",
     "output",
@@ -39,6 +41,7 @@ ANSWERS = (
     "generator",
     "instruction",
     "turns",
+    "conversation_input",
 )
 """Columns about an earlier completion, or other names of the prompt; they are not copied to a new completion."""
 
@@ -150,6 +153,40 @@ def generate(
     return [_completion(tokenizer, ids, set(ends)) for ids in draw(model, encoded, order, options, **batches)]
 
 
+def generate_turns(
+    model: nn.Module,
+    tokenizer,
+    rows: Sequence[Mapping],
+    sampling: Sampling | None = None,
+    *,
+    chat: Literal["auto", "on", "off"] = "auto",
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Completions of every turn of rows of `read_prompts(turns=True)`: each turn continues the conversation so far.
+
+    Raises:
+        GenerationError: as `generate`; a row has several turns and the tokenizer no chat template.
+    """
+    asked = [list(row.get("turns") or [row["prompt"]]) for row in rows]
+    if max(map(len, asked)) > 1 and (chat == "off" or not tokenizer.chat_template):
+        raise GenerationError("prompts with several turns need the tokenizer's chat template")
+    options = {"chat": chat, "progress": progress}
+    answers = [[first] for first in generate(model, tokenizer, list(rows), sampling, **options)]
+    for turn in range(1, max(map(len, asked))):
+        going = [i for i, turns in enumerate(asked) if len(turns) > turn]
+        talks = [_conversation(asked[i][: turn + 1], answers[i]) for i in going]
+        for i, answer in zip(going, generate(model, tokenizer, talks, sampling, **options), strict=True):
+            answers[i].append(answer)
+    return answers
+
+
+def _conversation(questions: Sequence[str], answers: Sequence[Completion]) -> list[dict]:
+    said = [{"role": "user", "content": questions[0]}]
+    for answer, question in zip(answers, questions[1:], strict=True):
+        said += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": question}]
+    return said
+
+
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
     """The tokenizer's EOS and those of the model's generation config: chat models often end a turn with another token."""
     ends = getattr(model.generation_config, "eos_token_id", None)
@@ -169,7 +206,7 @@ def _completion(tokenizer, ids: list[int], ends: set[int]) -> Completion:
 def write_completions(
     path: str | os.PathLike,
     prompts: Sequence[Mapping],
-    completions: Sequence[Completion],
+    completions: Sequence[Completion] | Sequence[Sequence[Completion]],
     form: str,
     *,
     generator: str,
@@ -180,28 +217,34 @@ def write_completions(
 
     Args:
         prompts: rows of `read_prompts`.
+        completions: one for each prompt, or those of its turns.
         generator: the model's name: `generator` and `model_id` of the formats.
         dataset: AlpacaEval's `dataset` for prompts that name none.
         now: seconds since 1970, Arena-Hard's `tstamp`; None for the clock.
 
     Raises:
-        GenerationError: an unknown format; a question without its own question_id for arena_hard, a chat for alpaca_eval.
+        GenerationError: of `check_format`.
     """
     check_format(prompts, form)
+    answers = [[c] if isinstance(c, Completion) else list(c) for c in completions]
     now = time.time() if now is None else now
 
-    def row(prompt: Mapping, completion: Completion) -> dict:
-        if form == "arena_hard":
-            return _arena_hard(id_of(prompt), completion, generator, now)
+    def row(prompt: Mapping, turns: Sequence[Completion]) -> dict:
+        completion = turns[0]
+        if form in ("arena_hard", "mt_bench"):
+            return _arena_hard(id_of(prompt), turns, generator, now, texts=form == "mt_bench")
+        if form == "wild_bench":
+            said = {"chat_history": prompt["prompt"], "output": [completion.text], "generator": generator}
+            return {"session_id": id_of(prompt), **said}
         if form == "alpaca_eval":
             own = {"generator": generator, "dataset": prompt.get("dataset", dataset)}
             return {"instruction": prompt["prompt"], "output": completion.text, **own}
         columns = {name: value for name, value in prompt.items() if name not in ("prompt", *ANSWERS)}
         return {"prompt": prompt["prompt"], "completion": completion.text, **columns}
 
-    rows = [row(*pair) for pair in zip(prompts, completions, strict=True)]
+    rows = [row(*pair) for pair in zip(prompts, answers, strict=True)]
     with atomic_text(path) as file:
-        if form == "alpaca_eval":
+        if form in ("alpaca_eval", "wild_bench"):
             file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -213,21 +256,29 @@ def check_format(prompts: Sequence[Mapping], form: str) -> None:
         raise GenerationError(f"format must be one of {', '.join(FORMATS)}, not {form!r}")
     if form == "alpaca_eval" and prompts and is_chat(prompts[0]["prompt"]):
         raise GenerationError("alpaca_eval holds instructions as text, not chat messages")
+    if form != "mt_bench" and any(len(prompt.get("turns") or []) > 1 for prompt in prompts):
+        raise GenerationError(
+            f"{form} holds one answer to a prompt, and some have several turns; mt_bench holds them all"
+        )
+    if form == "wild_bench" and prompts and not is_chat(prompts[0]["prompt"]):
+        raise GenerationError("wild_bench holds conversations (conversation_input), not text")
     seen = set()
-    for i, prompt in enumerate(prompts if form == "arena_hard" else ()):
+    for i, prompt in enumerate(prompts if form in ("arena_hard", "mt_bench", "wild_bench") else ()):
         if (known := id_of(prompt)) is None or known in seen:
-            problem = "has no question_id" if known is None else f"has the question_id {known!r} of another"
-            raise GenerationError(f"prompt {i} ({prompt['prompt'][:60]!r}) {problem}; arena_hard needs one for each")
+            name = "session_id" if form == "wild_bench" else "question_id"
+            problem = f"has no {name}" if known is None else f"has the {name} {known!r} of another"
+            raise GenerationError(f"prompt {i} ({str(prompt['prompt'])[:60]!r}) {problem}; {form} needs one for each")
         seen.add(known)
 
 
-def _arena_hard(question: str | int, completion: Completion, generator: str, now: float) -> dict:
+def _arena_hard(question: str | int, turns: Sequence[Completion], generator: str, now: float, *, texts: bool) -> dict:
     # the published answer_id is random; this one is the same for the same answer
-    identity = json.dumps([question, generator, completion.text]).encode()
+    identity = json.dumps([question, generator, *(turn.text for turn in turns)]).encode()
+    said = [turn.text if texts else {"content": turn.text, "token_len": turn.tokens} for turn in turns]
     return {
         "question_id": question,
         "answer_id": hashlib.blake2b(identity, digest_size=11).hexdigest(),
         "model_id": generator,
-        "choices": [{"index": 0, "turns": [{"content": completion.text, "token_len": completion.tokens}]}],
+        "choices": [{"index": 0, "turns": said}],
         "tstamp": now,
     }

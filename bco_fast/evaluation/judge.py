@@ -1,4 +1,4 @@
-"""Two files of completions compared by a reward: win rate with its interval, and the lengths that may explain it.
+"""Two files of completions compared by a reward or a chat model: win rate with its interval, and the lengths behind it.
 
 The completion of a prompt in A wins against the one in B if its reward is higher; equal rewards are half a win (BCO, arXiv
 2404.04656, Table 2; BNF, arXiv 2410.04834, Table 5, with a reward in place of GPT-4). Files are AlpacaEval's, Arena-Hard's
@@ -19,6 +19,8 @@ import numpy as np
 from ..data.prompts import Prompt, id_of, is_chat, prompt_of
 from ..data.sources import RowError, as_record, open_source, shortened
 from ..online.rewards import Reward, RewardError, score
+from .endpoint import PairwiseJudge
+from .length_control import length_controlled_win_rate
 
 RESAMPLES = 10_000
 OWN = ("prompt", "instruction", "turns", "completion", "output", "choices", "messages")
@@ -53,9 +55,13 @@ class Verdict:
 
     Attributes:
         compared: pairs of completions, of `prompts` prompts.
+        wins, ties, losses: a chat model judges both orders; disagreement is a tie, a win and a tie are a win.
         only_in_a, only_in_b: completions without a counterpart; they are not counted.
         win_rate: (wins + ties / 2) / compared; `low` and `high` are its 95 % percentile bootstrap over prompts.
-        reward_a, reward_b: means.
+        lc_win_rate: the length-controlled win rate, by characters; see `length_control`. With the prompts' difficulty if all
+            records of A have a column `difficulty`.
+        reward_a, reward_b: means; None where a chat model judges.
+        unclear: answers of a chat model without a verdict, which count as ties.
         length_unit: of the correlation: tokens, or words without a tokenizer.
         length_correlation: Pearson's r between the win (1, 1/2, 0) and length of A minus length of B; None if either is
             constant.
@@ -73,8 +79,10 @@ class Verdict:
     win_rate: float
     low: float
     high: float
-    reward_a: float
-    reward_b: float
+    lc_win_rate: float
+    reward_a: float | None
+    reward_b: float | None
+    unclear: int
     lengths_a: Lengths
     lengths_b: Lengths
     length_unit: str
@@ -120,6 +128,8 @@ def _completion_of(record: Mapping) -> str:
         if name is None:
             raise RowError(f"none of completion, output, choices (found: {shortened(record)})")
         completion = record[name]
+        if isinstance(completion, list) and len(completion) == 1:  # WildBench's
+            (completion,) = completion
     if not isinstance(completion, str):
         raise RowError(f"the completion must be a string, not {type(completion).__name__}")
     return completion
@@ -179,7 +189,7 @@ def win_rate_interval(
 def judge(
     a: Sequence[Answer],
     b: Sequence[Answer],
-    reward: Reward,
+    reward: Reward | PairwiseJudge,
     *,
     prompts: dict | None = None,
     count_tokens: Callable[[str], int] | None = None,
@@ -190,13 +200,13 @@ def judge(
 
     Args:
         reward: called once for A's completions and once for B's, with the columns that every compared record of the
-            file has.
+            file has; or a judge of pairs.
         prompts: as in `match`.
         count_tokens: for the lengths in tokens.
         resamples, seed: of the bootstrap.
 
     Raises:
-        JudgeError: of `match`. RewardError: of `score`; says whose completions.
+        JudgeError: of `match`. RewardError: of `score`; says whose completions. EndpointError: of the judge of pairs.
     """
     if resamples < 1:
         raise JudgeError(f"resamples must be at least 1, not {resamples}")
@@ -205,8 +215,14 @@ def judge(
     matched = match(a, b, prompts)
     texts = [prompt for prompt, _, _ in matched]
     sides = [ours for _, ours, _ in matched], [theirs for _, _, theirs in matched]
-    rewards = [np.array(_score(reward, texts, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)]
-    wins = (np.sign(rewards[0] - rewards[1]) + 1) / 2
+    rewards = [None, None]
+    if isinstance(reward, PairwiseJudge):
+        wins = reward.wins(texts, *([answer.completion for answer in answers] for answers in sides))
+    else:
+        scores = [
+            np.array(_score(reward, texts, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)
+        ]
+        wins, rewards = (np.sign(scores[0] - scores[1]) + 1) / 2, [float(score.mean()) for score in scores]
     low, high = win_rate_interval(wins, texts, resamples=resamples, seed=seed)
     sizes = [_sizes([answer.completion for answer in answers], count_tokens) for answers in sides]
     unit = "tokens" if count_tokens is not None else "words"
@@ -216,14 +232,18 @@ def judge(
         prompts=len(set(texts)),
         only_in_a=len(a) - len(matched),
         only_in_b=len(b) - len(matched),
-        wins=int((wins == 1).sum()),
+        wins=int((wins > 0.5).sum()),
         ties=int((wins == 0.5).sum()),
-        losses=int((wins == 0).sum()),
+        losses=int((wins < 0.5).sum()),
         win_rate=float(wins.mean()),
         low=low,
         high=high,
-        reward_a=float(rewards[0].mean()),
-        reward_b=float(rewards[1].mean()),
+        lc_win_rate=length_controlled_win_rate(
+            wins, sizes[0]["characters"], sizes[1]["characters"], _difficulty(sides[0])
+        ),
+        reward_a=rewards[0],
+        reward_b=rewards[1],
+        unclear=getattr(reward, "unclear", 0),
         lengths_a=_means(sizes[0]),
         lengths_b=_means(sizes[1]),
         length_unit=unit,
@@ -233,6 +253,11 @@ def judge(
         seed=seed,
         resamples=resamples,
     )
+
+
+def _difficulty(answers: list[Answer]) -> np.ndarray | None:
+    found = [answer.columns.get("difficulty") for answer in answers]
+    return np.array(found, dtype=float) if all(isinstance(value, (int, float)) for value in found) else None
 
 
 def _score(reward: Reward, prompts: list[str], answers: list[Answer], side: str) -> list[float]:
@@ -284,7 +309,8 @@ def describe(verdict: Verdict, names: tuple[str, str] = ("A", "B")) -> str:
         ("wins", f"{v.wins}", f"{v.losses}"),
         ("win rate, ties half", f"{v.win_rate:.1%}", f"{1 - v.win_rate:.1%}"),
         ("  95 % interval", f"{v.low:.1%} - {v.high:.1%}", f"{1 - v.high:.1%} - {1 - v.low:.1%}"),
-        ("mean reward", f"{v.reward_a:.4g}", f"{v.reward_b:.4g}"),
+        ("length-controlled", f"{v.lc_win_rate:.1%}", f"{1 - v.lc_win_rate:.1%}"),
+        *([] if v.reward_a is None else [("mean reward", f"{v.reward_a:.4g}", f"{v.reward_b:.4g}")]),
         *((f"mean {unit}", f"{x:.1f}", f"{y:.1f}") for unit, (x, y) in means.items() if x is not None),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -112,6 +112,62 @@ def plot_log_ratio(run: Run):
     return _lines("Log-ratio to the reference: log π − log π_ref", f"mean, {unit}", lines, 0)
 
 
+def plot_error_term(run: Run):
+    """BCO's Fig. 3: the gap between the binary cross-entropy and the DPO loss."""
+    if run.nats is None:
+        return None
+    lines = [(run.series("error_term"), _TRAINING), (run.series("eval_error_term"), _HELD_OUT)]
+    return _lines("Error term: E₊[exp(−(r − δ))] + E₋[exp(r − δ)]", "gap between BCE and DPO", lines)
+
+
+def plot_divergence(run: Run):
+    """BCO's Fig. 4a: −½ (mean log-ratio of thumbs up + that of thumbs down), which App. B takes for KL(π_ref ‖ π)."""
+    scale = run.nats
+    if scale is None:
+        return None
+    lines = []
+    for prefix, style in (("", _TRAINING), ("eval_", _HELD_OUT)):
+        up, down = (
+            dict(zip(*run.series(f"{prefix}rewards/{side}", -scale / 2), strict=True))
+            for side in ("chosen", "rejected")
+        )
+        steps = [step for step in up if step in down]
+        lines.append(((steps, [up[step] + down[step] for step in steps]), style))
+    return _lines("Estimate of KL(π_ref ‖ π) from the given completions", "nats per completion", lines, 0)
+
+
+_WEIGHTS = ("bco", "bce", "kto", "una_binary_bce")
+
+
+def plot_gradient(run: Run):
+    """BCO's section 4.3: how much a held-out completion of each reward would pull, under BCO and under KTO."""
+    if run.rows is None or run.loss_type not in _WEIGHTS:
+        return None
+    nats = run.nats or 1.0
+    shift = (run.last("kl") or 0.0) / nats if run.loss_type == "kto" else run.last("eval_delta") or 0.0
+    label, reward = run.rows["label"], run.rows["reward"]
+    against = np.where(label, shift - reward, reward - shift)  # > 0: on the wrong side
+    wrong = 1 / (1 + np.exp(-np.clip(against, -50, 50)))
+    edges = np.unique(np.quantile(reward, np.linspace(0, 1, 13)))
+    if len(edges) < 3:
+        return None
+    figure, axes = _figure()
+    place = np.clip(np.searchsorted(edges, reward, side="right") - 1, 0, len(edges) - 2)
+    centres = (edges[1:] + edges[:-1]) / 2
+    for name, weight, line in (("bco, σ(−m)", wrong, "-"), ("kto, σ(m) σ(−m)", wrong * (1 - wrong), "--")):
+        for mine, color, side, _, marker in _classes(run):
+            bins = [k for k in range(len(centres)) if (mine & (place == k)).any()]
+            means = [weight[mine & (place == k)].mean() for k in bins]
+            axes.plot(centres[bins], means, line, color=color, marker=marker, markersize=4, label=f"{side}: {name}")
+    axes.set(
+        title="Weight of a completion in the gradient, by reward (held out)",
+        xlabel=f"reward ({run.reward_unit}), twelfths of the rows; m = ±(reward − {shift:.3g})",
+        ylabel="∣∂ loss / ∂ reward∣",
+    )
+    axes.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
 def _classes(run: Run) -> list[tuple]:
     """(mask, colour, name, hatch, marker) of each class that occurs among the held-out rows."""
     label = run.rows["label"]
@@ -185,6 +241,9 @@ PLOTS: dict[str, tuple[Callable, str]] = {
     "delta": (plot_shift, "rewards by class and delta over the steps"),
     "rewards": (plot_histogram, "histogram of held-out rewards by class"),
     "log_ratio": (plot_log_ratio, "log-ratio to the reference by class over the steps"),
+    "error_term": (plot_error_term, "error term over the steps"),
+    "divergence": (plot_divergence, "estimate of the KL divergence over the steps"),
+    "gradient": (plot_gradient, "weight in the gradient by reward, under bco and kto"),
     "length": (plot_length, "length of held-out completions against their reward"),
 }
 
@@ -193,6 +252,9 @@ def compare(runs: Sequence[Run]) -> dict[str, tuple]:
     """Plots of several runs in one figure: name -> (figure, its description). Only quantities of one unit are compared."""
     auc = _compared(runs, "eval_rewards/auc", "AUC of the held-out rewards", "AUC (0.5 = chance)")
     figures = {"auc": (auc, "AUC of the runs")}
+    if all(run.loss_type in ("bco", "bce") for run in runs):
+        error = _compared(runs, "error_term", "Error term of the training batches", "gap between BCE and DPO")
+        figures["error_term"] = error, "error terms of the runs"
     scales = [run.nats for run in runs]
     if None not in scales:
         title, unit = "Margin of the training batches, as log-ratio", "nats per completion"

@@ -181,7 +181,7 @@ class SequenceReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str | list], completions: Sequence[str | list], **columns) -> list[float]:
-        texts = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        texts = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
         if self._chat is None and self.tokenizer.sep_token_id is None:
             warn_of_control_texts(self.tokenizer, prompts)
         cut = sum(was_cut for _, was_cut in texts)
@@ -192,12 +192,12 @@ class SequenceReward:
         rewards = [0.0] * len(texts)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            batch = {name: t.to(device) for name, t in self._batch([texts[i][0] for i in chosen]).items()}
+            batch = {name: t.to(device) for name, t in self.batch([texts[i][0] for i in chosen]).items()}
             for i, logit in zip(chosen, self.model(**batch).logits[:, 0].float().tolist(), strict=True):
                 rewards[i] = logit
         return rewards
 
-    def _encode(self, prompt: str | list, completion: str | list) -> tuple[dict[str, list[int]], bool]:
+    def encode(self, prompt: str | list, completion: str | list) -> tuple[dict[str, list[int]], bool]:
         """Token ids (and token types, for a pair), and whether they were cut."""
         tok, limit = self.tokenizer, self.max_length
         if self._chat:
@@ -222,7 +222,7 @@ class SequenceReward:
         kept, (shown,) = fit(ids, [answer], limit, max(1, limit // 2))
         return {"input_ids": [*kept, *shown]}, len(kept) + len(shown) < len(ids) + len(answer)
 
-    def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Right-padded: [B, T] int64."""
         rows = [{**text, "attention_mask": [1] * len(text["input_ids"])} for text in texts]
         fills = {"input_ids": self._pad, "token_type_ids": 0, "attention_mask": 0}

@@ -17,6 +17,7 @@ from bco_fast.evaluation.generate import (
     Sampling,
     encode_prompts,
     generate,
+    generate_turns,
     write_completions,
 )
 from bco_fast.models.patch import patch_model
@@ -200,9 +201,10 @@ def test_prompts_are_read_from_the_published_files(tmp_path, text, expected):
         ("[{]", "not JSON"),
         ('{"prompt": "a"}\n{', ":2: not JSON"),
         ('{"prompt": "a"}\n3', ":2: a row must be an object, not int"),
-        ('{"text": "a"}', "none of the columns prompt, instruction, turns (found: text)"),
+        ('{"text": "a"}', "none of the columns prompt, instruction, turns, conversation_input (found: text)"),
         ('{"prompt": " "}', "prompt is empty, or neither text nor messages"),
-        ('{"turns": [{"content": "a"}, {"content": "b"}]}', "turns must be a list with one turn"),
+        ('{"turns": [{"content": "a"}, {"content": "b"}]}', "jsonl holds one answer to a prompt"),
+        ('{"turns": ["a", " "]}', "turns is empty, or neither text nor messages"),
     ],
 )
 def test_a_bad_prompts_file_is_one_line(model_dir, tmp_path, capfd, text, message):
@@ -278,3 +280,43 @@ def test_a_special_token_in_a_plain_string_is_read_as_in_training_and_said(caplo
     example = tokenize_rows(rows, chats.TOKENIZER, max_length=500).examples[0]
     assert example.input_ids[: example.completion_start].tolist() == marked
     assert "1 of 2 prompts hold special tokens as text" in caplog.text
+
+
+def test_later_turns_continue_the_conversation(tmp_path):
+    """MT-Bench: the second answer is that to the chat with the first one in it; the file is FastChat's."""
+    torch.manual_seed(0)
+    model = tiny.model(vocab_size=len(chats.TOKENIZER), max_position_embeddings=512)
+    tiny.write(tmp_path / "q.jsonl", [{"question_id": 81, "turns": ["ab", "cd"]}, {"question_id": 82, "turns": ["e"]}])
+    rows, greedy = read_prompts(tmp_path / "q.jsonl", turns=True), Sampling(temperature=0, max_new_tokens=4)
+    answers = generate_turns(model, chats.TOKENIZER, rows, greedy)
+    assert list(map(len, answers)) == [2, 1]
+    talk = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": answers[0][0].text},
+        {"role": "user", "content": "cd"},
+    ]
+    assert answers[0][1] == generate(model, chats.TOKENIZER, [talk], greedy)[0]
+    write_completions(tmp_path / "a.jsonl", rows, answers, "mt_bench", generator="m", now=5.0)
+    first, second = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert (first["question_id"], first["model_id"], first["tstamp"]) == (81, "m", 5.0)
+    assert first["choices"] == [{"index": 0, "turns": [answer.text for answer in answers[0]]}]
+    assert len(second["choices"][0]["turns"]) == 1
+    with pytest.raises(GenerationError, match="mt_bench holds them all"):
+        write_completions(tmp_path / "b", rows, answers, "arena_hard", generator="m")
+    with pytest.raises(GenerationError, match="need the tokenizer's chat template"):
+        generate_turns(model, tiny.build_tokenizer(), rows, greedy)
+
+
+def test_wild_bench_conversations(tmp_path):
+    talk = [
+        {"role": "user", "content": "a", "language": "en"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    tiny.write(tmp_path / "q.jsonl", [{"session_id": "s1", "conversation_input": talk, "primary_tag": "x"}])
+    rows = read_prompts(tmp_path / "q.jsonl", turns=True)
+    plain = [{"role": message["role"], "content": message["content"]} for message in talk]
+    assert rows[0]["prompt"] == plain
+    write_completions(tmp_path / "a.json", rows, [Completion("d", 1, True)], "wild_bench", generator="m")
+    (written,) = json.loads((tmp_path / "a.json").read_text())
+    assert written == {"session_id": "s1", "chat_history": plain, "output": ["d"], "generator": "m"}

@@ -18,10 +18,10 @@ import yaml
 from matplotlib.figure import Figure
 
 from bco_fast import cli
-from bco_fast.evaluation import run_reading
+from bco_fast.evaluation import plots, run_reading
 from bco_fast.evaluation.plots import PLOTS, correlation
 from bco_fast.evaluation.report import _slug, _tell_apart, write_report
-from bco_fast.evaluation.run_reading import ReportError, load_run
+from bco_fast.evaluation.run_reading import ReportError, Run, load_run
 from bco_fast.losses import OBJECTIVES
 from bco_fast.losses.metrics import auc as exact_auc
 from bco_fast.training.config import FeedbackConfig
@@ -360,13 +360,13 @@ def test_held_out_rows_that_are_missing_or_damaged_are_left_out_and_said(run, tm
     report = write_report([folder], tmp_path / "r.html")
     assert message in report["left_out"]["copy"][0]
     assert message in (tmp_path / "r.html").read_text()
-    assert len(report["images"]) == len(PLOTS) - 2
+    assert len(report["images"]) == len(PLOTS) - 3  # histogram, length, gradient
 
 
 def test_runs_of_other_makers_without_a_record(run, tmp_path):
     report = write_report([_copy(run, tmp_path, "run.json", "held_out.jsonl")], tmp_path / "r.html")
     assert len(report["left_out"]["copy"]) == 2
-    assert len(report["images"]) == len(PLOTS) - 3
+    assert len(report["images"]) == len(PLOTS) - 6
 
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'$\\bad{$_"
@@ -484,3 +484,30 @@ def test_correlation_is_exact():
     assert correlation(np.arange(5.0), -2 * np.arange(5.0)) == pytest.approx(-1)
     assert np.isnan(correlation(np.ones(5), np.arange(5.0)))
     assert np.isnan(correlation(np.arange(2.0), np.arange(2.0)))
+
+
+def _made(tmp_path, history=(), rows=None, **record):
+    return Run(tmp_path, "made", list(history), {"reference": True, "beta": 0.1, "loss_type": "bco"} | record, rows)
+
+
+def test_the_divergence_is_minus_half_of_both_log_ratios(tmp_path):
+    """arXiv 2404.04656, App. B: with rewards of 0.2 and -0.6 and a beta of 0.1, the log-ratios are 2 and -6 nats."""
+    run = _made(
+        tmp_path, [{"step": 1, "rewards/chosen": 0.2, "rewards/rejected": -0.6}, {"step": 2, "rewards/chosen": 1.0}]
+    )
+    (line,) = [line for line in plots.plot_divergence(run).axes[0].lines if line.get_label() == "training batches"]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [pytest.approx(2.0)])
+    assert plots.plot_divergence(_made(tmp_path, reference=False)) is None
+
+
+def test_kto_lets_go_of_the_rewards_that_are_most_wrong(tmp_path):
+    """arXiv 2404.04656, section 4.3: of thumbs up with low rewards, BCO's weight grows and KTO's vanishes."""
+    reward = np.linspace(-8, 8, 240)
+    rows = {"label": np.ones(240, dtype=bool), "reward": reward, "logp": reward, "tokens": reward}
+    axes = plots.plot_gradient(_made(tmp_path, rows=rows)).axes[0]
+    bco, kto = (line.get_ydata() for line in axes.lines)
+    assert (np.diff(bco) < 0).all()
+    assert bco[0] > 0.99
+    assert kto[0] < 0.01
+    assert 0.2 < max(kto) <= 0.25
+    assert plots.plot_gradient(_made(tmp_path, rows=rows, loss_type="dpo")) is None
