@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import is_flash_attention_requested
 
 if TYPE_CHECKING:
     from ..data.batch import Segment, Segments
@@ -42,17 +41,17 @@ def segment_mask(segments: Segments, device: torch.device) -> Tensor:
     return mask
 
 
-def base_attention(config: PreTrainedConfig) -> str:
+def base_attention(config: PretrainedConfig) -> str:
     """The model's attention implementation, whether it knows segments or not."""
     return str(getattr(config, "_attn_implementation", None) or "eager").removeprefix(PREFIX)
 
 
-def is_flash(config: PreTrainedConfig) -> bool:
+def is_flash(config: PretrainedConfig) -> bool:
     """Whether the model's attention is FlashAttention of any version, from a package or from the Hub."""
-    return is_flash_attention_requested(requested_attention_implementation=base_attention(config))
+    return "flash" in base_attention(config)
 
 
-def knows_segments(config: PreTrainedConfig) -> bool:
+def knows_segments(config: PretrainedConfig) -> bool:
     return str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
 
 
@@ -68,7 +67,7 @@ def use_segments(model: nn.Module, on: bool = True) -> None:
 
 
 def _attention(base: str) -> Callable:
-    flash = is_flash_attention_requested(requested_attention_implementation=base)
+    flash = "flash" in base
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
@@ -100,7 +99,7 @@ def _attention(base: str) -> Callable:
 
 
 @contextlib.contextmanager
-def _named(config: PreTrainedConfig, base: str, flash: bool) -> Iterator[None]:
+def _named(config: PretrainedConfig, base: str, flash: bool) -> Iterator[None]:
     """transformers loads FlashAttention by the name in the layer's config, which here must be its own."""
     name = config._attn_implementation
     if flash:

@@ -11,7 +11,7 @@ import logging
 import re
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 logger = logging.getLogger("bco_fast")
@@ -19,11 +19,11 @@ logger = logging.getLogger("bco_fast")
 OTHER_INPUTS = ("vision_config", "audio_config")
 
 
-def is_multimodal(config: PreTrainedConfig) -> bool:
+def is_multimodal(config: PretrainedConfig) -> bool:
     return any(getattr(config, part, None) is not None for part in OTHER_INPUTS)
 
 
-def auto_class(config: PreTrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> type:
     """The class that loads every weight of a checkpoint, so that a saved one is whole."""
     if is_multimodal(config) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText

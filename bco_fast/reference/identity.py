@@ -20,7 +20,7 @@ from ..models.load import refuse_sharded
 from .cache import ReferenceId
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig
 
 _NOT_COMPUTED = re.compile(
     r"_name_or_path|transformers_version|use_cache|architectures|torch_dtype|dtype|tokenizer_class|"
@@ -63,7 +63,7 @@ def reference_id(model: nn.Module, *, autocast: str = "no", adapter: bool = Fals
     )
 
 
-def _computed(config: PreTrainedConfig, source: str | None) -> dict:
+def _computed(config: PretrainedConfig, source: str | None) -> dict:
     """What of a config decides what the model computes.
 
     Args:
@@ -99,7 +99,7 @@ def _source(model: nn.Module) -> str | None:
         return None
 
 
-def _plain_positions(config: PreTrainedConfig) -> bool:
+def _plain_positions(config: PretrainedConfig) -> bool:
     """Whether no rotary positions depend on the longest row."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = (

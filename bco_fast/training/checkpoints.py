@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer import safe_globals
 
 from .. import files
 from .fingerprint import FILE as FINGERPRINT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import transformers
 from transformers import TrainingArguments
 
 from ..losses import OBJECTIVES, Objective
@@ -22,6 +23,7 @@ NOT_READ = {
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "label_names": "batches have one form",
     "train_sampling_strategy": "batch_composition and share_prompts decide the order of the rows",
+    "group_by_length": "batch_composition and share_prompts decide the order of the rows",
     "length_column_name": "the dataset holds tokens, not columns",
     "average_tokens_across_devices": "the loss of a step is always that of all its rows on all devices",
     "eval_do_concat_batches": "metrics are those of all held-out rows together",
@@ -204,7 +206,8 @@ class FeedbackConfig(TrainingArguments):
         self.new_shift()  # raises on a bad mode or decay
 
     def _given(self, name: str) -> bool:
-        return getattr(self, name) not in (type(self).__dataclass_fields__[name].default, [], {}, "")
+        field = type(self).__dataclass_fields__.get(name)  # None: this transformers has no such option
+        return field is not None and getattr(self, name) not in (field.default, [], {}, "")
 
     def _check_inherited(self) -> None:
         """Options of TrainingArguments that nothing here would read are refused, like those of another objective."""
@@ -214,6 +217,10 @@ class FeedbackConfig(TrainingArguments):
         for name in ROWS_ONLY if self.tokens_per_batch is not None else ():
             if self._given(name):
                 raise ValueError(f"tokens_per_batch makes batches of its own and does not read {name}: leave one out")
+        if self.save_strategy == "best" and transformers.__version__.startswith("4."):
+            raise ValueError(
+                "save_strategy='best' loses the best checkpoint with transformers 4: use 'steps', or pip install -U transformers"
+            )
         for axis in ("tp_size", "cp_size", "sp_size"):
             if getattr(self.parallelism_config, axis, 1) > 1:
                 raise ValueError(f"parallelism_config: {axis} is not supported; use fsdp or deepspeed")

@@ -43,6 +43,7 @@ def train_loader(
     options = {
         name: getattr(args, f"dataloader_{name}")
         for name in ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor")
+        if hasattr(args, f"dataloader_{name}")  # transformers 4 has no multiprocessing_context
     }
     rank, ranks = accelerator.process_index, accelerator.num_processes
     sampler = RankBatches(batches, rank, ranks, drop_last=drop_last)

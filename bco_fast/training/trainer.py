@@ -102,7 +102,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         check_processes(args)
         self.sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # on its devices once training is prepared
         self.loss_is_scaled_for_ga = True  # `compute_loss` returns a part of the step's loss, not a mean
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # says the same to a Trainer that does not know the attribute above
         self.label_names = ["label"]
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)

@@ -94,6 +94,19 @@ def test_accumulation_changes_nothing(tmp_path, size, steps):
         assert torch.allclose(parts[name], tensor, rtol=1e-4, atol=1e-6), name
 
 
+def test_a_trainer_that_asks_otherwise_whether_the_loss_is_scaled_accumulates_alike(tmp_path, monkeypatch):
+    """transformers before 5.18 know no `loss_is_scaled_for_ga` and would divide by the number of micro-batches."""
+    forgets = property(lambda self: None, lambda self, value: None)
+    monkeypatch.setattr(FeedbackTrainer, "loss_is_scaled_for_ga", forgets, raising=False)
+    norms = []
+    for per_device, accumulation in ((8, 1), (4, 2)):
+        options = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+        trainer = _trainer(tmp_path, rows=32, optim="sgd", max_steps=1, **options)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_resume_is_bitwise_the_uninterrupted_run(tmp_path, step):
     options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "learning_rate": 1e-3}
