@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import importlib.metadata as metadata
 import json
 import os
 import platform
@@ -23,7 +24,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def environment() -> dict:
     """Machine, versions, commit and date of a measurement."""
-    import importlib.metadata as metadata
 
     def version(name: str) -> str | None:
         try:
@@ -147,7 +147,11 @@ def say(answer) -> None:
 
 
 def peers_python(package: str) -> Path:
-    """The interpreter of a peer's own environment."""
+    """The interpreter of a peer's own environment; this one, where its wheels were installed beside ours."""
+    name, _, wanted = package.partition("-")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if wanted and metadata.version(name).startswith(wanted):
+            return Path(sys.executable)
     folder = ROOT / f".venv-peers-{package}"
     if not (folder / ".made").is_file():
         raise FileNotFoundError(f"no environment {folder.name}: run `make venv-peers`")

@@ -5,7 +5,8 @@
 
 Most valuable first; every part is a process with a time limit of its own, its rows are written when it ends, one that
 fails or takes too long is a row that says so, and a second run takes up what the first one did not finish. Times are
-medians of calls that take turns in one process; `share_of_limit` is the useful work (counts.py) at this GPU's measured
+medians of calls that take turns in one process; `derived_s` is what bco_fast/head/roofline.py allows ours at this GPU's
+measured matmul and copy rates; `share_of_limit` is the useful work (counts.py) at this GPU's measured
 matmul and copy rates, over the time. Errors are per-token log-probabilities, and sums of them, against float64. Peers
 run as installed from their own packages (contenders.py); one that is missing or fails is a row that says so.
 `triton fused` and `triton fold` are the two forwards of the triton backend.
@@ -21,23 +22,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import long_context
 import torch
 from common import environment, interleaved, peak_rss, reset_peak_rss, save, summary, table
-from contenders import PEERS, WORKSPACE, Head, described, errors, ours, ours_sparse, plain
+from contenders import PEERS, WORKSPACE, Head, compiled, described, errors, ours, ours_sparse, plain
 from counts import MODELS, OUR_MATMULS, head_bytes, head_flops, measured_limits, share_of_limit, slope
 
 MODES = ("frozen", "trainable", "forward")  # most users have a frozen head
 N = {"Qwen2.5-0.5B": 32768}
 SHAPES = {  # N tokens, D, V, softcap
     name: (N.get(name, 8192), MODELS[name].D, MODELS[name].V, MODELS[name].softcap)
-    for name in ("Llama-3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Qwen3-8B", "Gemma-2-9B", "Llama-3.2-1B", "Mistral-7B")
+    for name in ("Llama-3-8B", "Qwen3-8B", "Qwen2.5-0.5B", "Gemma-2-2B", "Gemma-2-9B", "Llama-3.2-1B", "Mistral-7B")
 }
+"""Qwen3-8B's is the shape of trl issue 7244. Published there on an H100: bare matmuls 42 ms, PyTorch 59 ms and 19.9 GiB,
+Liger 192 ms and 6.1 GiB, forward and backward with a trained head."""
 SMOKE = {"smoke": (96, 32, 1000, None), "smoke softcap": (96, 32, 1000, 30.0)}
 CHECKED_ROWS = 4096
 GROWTH_D = 2048
+STEPS = [("Llama-3-8B", case, 8192) for case in ("bco_fast, LoRA", "TRL 1.16 KTOTrainer, LoRA")]
+"""The reference and two optimizer steps of one row of 8192 tokens each, random weights; both compute the reference first."""
 CONTEXTS = [("Llama-3.2-1B", "bco_fast, full", 32768), ("Llama-3-8B", "bco_fast, LoRA", 65536)]
 
 
@@ -47,17 +53,19 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
         found = {f"head, {s}": (60, functools.partial(head_parts, s, shape)) for s, shape in SMOKE.items()}
         return found | {
             "growth": (60, functools.partial(growth_part, (32, 64), (500, 1000), 32)),
-            "context": (60, functools.partial(context_part, [("small", "bco_fast, LoRA", 64)])),
+            "step": (60, functools.partial(context_part, [("small", case, 64) for _, case, _ in STEPS], "step")),
+            "context": (60, functools.partial(context_part, [("small", "bco_fast, LoRA", 64)], "context")),
         }
     found = {}
-    first, later = list(SHAPES.items())[:3], list(SHAPES.items())[3:]
+    first, later = list(SHAPES.items())[:4], list(SHAPES.items())[4:]
     for mode in MODES:
         found |= {f"head, {s}, {mode}": (75, functools.partial(head_part, s, shape, mode)) for s, shape in first}
         if mode == "trainable":  # where the backward may leave out what does not matter
             s, shape = first[0]
             found[f"head, {s}, {mode}, peaked"] = 75, functools.partial(head_part, s, shape, mode, logits="peaked")
+    found["step"] = (120, functools.partial(context_part, STEPS, "step"))
     found["growth"] = (60, functools.partial(growth_part, (2048, 4096, 8192, 16384), (32768, 65536, 131072), GROWTH_D))
-    found["context"] = (150, functools.partial(context_part, CONTEXTS))
+    found["context"] = (150, functools.partial(context_part, CONTEXTS, "context"))
     return found | {
         f"head, {s}, {mode}": (60, functools.partial(head_part, s, shape, mode))
         for s, shape in later
@@ -96,10 +104,23 @@ def contenders(cuda: bool) -> dict:
     if cuda:
         for method in ("fused", "fold"):
             mine[f"triton {method}"] = functools.partial(ours, backend="triton", method=method)
-    # a compiler of minutes is no smoke
-    return (
-        {"plain": plain} | mine | {k: v for k, v in PEERS.items() if v is not plain and (cuda or "compiled" not in k)}
-    )
+    peers = {name: make for name, make in PEERS.items() if make not in (plain, compiled)}
+    # The compiler takes minutes, so what it may cost is lost last; and it is no smoke.
+    return {"plain": plain} | mine | peers | ({"PyTorch, compiled": compiled} if cuda else {})
+
+
+def derived(mode: str, shape: tuple, limits: dict, kept_fraction: float | None) -> float:
+    """Seconds that the roofline allows our triton backend on this GPU; on a CPU, of an H200's multiprocessors."""
+    from bco_fast.head.roofline import CARDS, derive
+
+    card, (n, d, v, _) = CARDS["H200"], shape
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = 10 * properties.major + properties.minor
+        card = replace(card, processors=properties.multi_processor_count, capability=capability)
+    card = card.measured(limits["limit_gflops"], limits["limit_gb_s"])
+    times = derive(card, n, d, v, workspace_bytes=WORKSPACE, kept_fraction=kept_fraction or 1.0)
+    return float(f"{times[mode if kept_fraction is None else 'sparse']:.4g}")
 
 
 def head_part(
@@ -144,6 +165,9 @@ def head_part(
             row |= times[row["case"]]
             seconds = max(row["median_s"], 1e-9)
             work = head_flops(mode, n, d, v), head_bytes(mode, n, d, v, dtype.itemsize)
+            if row["case"].startswith(("torch", "triton", "sparse")):
+                rho = row.get("rho", 1.0)
+                row["derived_s"] = derived(mode, shape, common, rho if rho < 1 else None)
             row["share_of_limit"] = share_of_limit(*work, seconds, common)
             row["matmul_s"] = matmul
             row["matmuls"] = round(seconds / matmul, 2)  # ours should cost OUR_MATMULS
@@ -186,7 +210,7 @@ def growth_part(ns: tuple, vs: tuple, d: int, device: str, dtype: torch.dtype, r
     return rows
 
 
-def context_part(trials: list, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+def context_part(trials: list, benchmark: str, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     """Two optimizer steps at one length, against the prediction; long_context.py bisects."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from tiny import build_tokenizer
@@ -196,14 +220,15 @@ def context_part(trials: list, device: str, dtype: torch.dtype, repeats: int) ->
         shape, lora = long_context.SHAPES[name], long_context.CASES[case][1]
         workspace = long_context.CPU_WORKSPACE if device == "cpu" else long_context.GPU_WORKSPACE
         row = {
-            "benchmark": "context",
+            "benchmark": benchmark,
             "shape": name,
             "mode": "LoRA" if lora else "full",
             "case": case,
             "tokens": tokens,
         }
-        parts = long_context.predicted_bytes(shape, tokens, lora=lora, item=dtype.itemsize, workspace=workspace)
-        row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
+        if case.startswith("bco_fast"):
+            parts = long_context.predicted_bytes(shape, tokens, lora=lora, item=dtype.itemsize, workspace=workspace)
+            row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
         rows.append(row)
         with tempfile.TemporaryDirectory() as folder:
             build_tokenizer().save_pretrained(Path(folder) / "tokenizer")
@@ -212,7 +237,7 @@ def context_part(trials: list, device: str, dtype: torch.dtype, repeats: int) ->
             try:
                 done = long_context.run_trial(job, Path(folder), 100)
                 row |= {"extra_mb": round(done["peak"] / 1e6, 1), "median_s": done["seconds"]} if done["fits"] else done
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 row["error"] = str(error).strip().splitlines()[-1][:240]
     return rows
 
@@ -234,7 +259,7 @@ def run_part(name: str, limit: float, options: argparse.Namespace) -> list[dict]
     return [{"part": name, **row} for row in rows]
 
 
-COLUMNS = ["shape", "mode", "logits", "case", "median_s", "ratio_to_plain", "share_of_limit", "extra_mb"]
+COLUMNS = ["shape", "mode", "logits", "case", "median_s", "derived_s", "ratio_to_plain", "share_of_limit", "extra_mb"]
 COLUMNS += ["predicted_mb", "rho", "time_exponent", "logp_rms_error", "sum_4096_error", "same_bits", "error"]
 
 

@@ -155,7 +155,6 @@ def options_of(folder: Path, tokens: int, device: str) -> dict:
         "per_device_train_batch_size": 1,
         "max_steps": STEPS,
         "learning_rate": 1e-5,
-        "train_sampling_strategy": "sequential",
         "gradient_checkpointing": True,
         "save_strategy": "no",
         "report_to": "none",

@@ -1,5 +1,7 @@
 """`bco-fast bench`: what the fused head saves on this machine, at the sizes of a given model, in about ten seconds.
 
+`--derive H200` prints what a card's datasheet allows instead; nothing is measured then.
+
 Forward and backward of the lm-head on random hidden states, alternating with plain PyTorch that stores the logits. Only
 the model's config is read; no weights are loaded.
 """
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..head.linear_logps import fused_linear_logps
-from .common import Parser, UsageError, usage_errors
+from ..head.roofline import CARDS, derive
+from .common import Parser, UsageError, nearest, usage_errors
 
 TURNS = 3
 FEWEST_TOKENS, MOST_TOKENS = 64, 8192
@@ -198,6 +201,29 @@ def _cell(seconds: float, mb: float | None) -> str:
     return f"{seconds:.3g} s" + ("" if mb is None else f", {mb:.0f} MB")
 
 
+def derived(card_name: str, size: HeadSize, tokens: int) -> dict:
+    """Seconds that `head.roofline` allows a card, printed as a table."""
+    known = {name.lower(): card for name, card in CARDS.items()}
+    if card_name.lower() not in known:
+        raise UsageError(f"--derive {card_name}: known cards are {', '.join(CARDS)}{nearest(card_name, CARDS)}")
+    card = known[card_name.lower()]
+    found = derive(card, tokens, size.hidden, size.vocabulary)
+    print(
+        f"derived, not measured: {card.name}, bfloat16, {tokens} completion tokens, hidden {size.hidden}, vocabulary "
+        f"{size.vocabulary}"
+    )
+    labels = {
+        "matmul": "hidden @ weight.T alone",
+        "forward": "no gradient",
+        "frozen": "frozen (LoRA), forward and backward",
+        "trainable": "trained, forward and backward",
+        "sparse": "trained, a tenth of the blocks kept",
+    }
+    for name, label in labels.items():
+        print(f"{label:38}{1e3 * found[name]:9.1f} ms{found[name] / found['matmul']:8.2f} matmuls")
+    return {"card": card.name, "tokens": tokens, **{f"{name}_s": seconds for name, seconds in found.items()}}
+
+
 def bench(arguments: list[str]) -> dict:
     parser = Parser(prog="bco-fast bench", description="The fused lm-head against plain PyTorch on this machine.")
     parser.add_argument("--model", help="folder or Hub name; only its config is read (default: Qwen2.5-0.5B's sizes)")
@@ -208,7 +234,12 @@ def bench(arguments: list[str]) -> dict:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, else float32"
     )
+    parser.add_argument(
+        "--derive", metavar="CARD", help="times that this card's datasheet allows, such as H200; runs nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.derive is not None and options.dtype not in (None, "bfloat16"):
+        raise UsageError(f"--derive knows bfloat16 only, not --dtype {options.dtype}")
     if options.model is not None and (options.hidden or options.vocab):
         raise UsageError("--hidden and --vocab cannot be combined with --model")
     for flag in ("hidden", "vocab", "tokens", "seconds"):
@@ -221,6 +252,8 @@ def bench(arguments: list[str]) -> dict:
     else:
         name = "the given sizes" if options.hidden or options.vocab else "Qwen2.5-0.5B"
         size = HeadSize(name, options.hidden or 896, options.vocab or 151936)
+    if options.derive is not None:
+        return derived(options.derive, size, options.tokens or MOST_TOKENS)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     found = compare(size, tokens=options.tokens, seconds=options.seconds, dtype=dtype)
     print(describe(found, size))

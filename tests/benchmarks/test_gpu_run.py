@@ -1,0 +1,87 @@
+"""What runs on a rented GPU runs here first, small: a typo may not cost minutes there."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_every_part_of_the_probe_has_its_rows(backend):
+    import gpu_probe
+
+    rows = [row for work in gpu_probe.parts(True, backend).values() for row in work()]
+    cases = {part: {row["case"] for row in rows if row["part"] == part} for part in gpu_probe.parts(True, backend)}
+    assert {name.partition(",")[0] for name in cases["matmul"]} == {"mm", "addmm", "dz.T"}
+    assert len(cases["matmul"]) == 3 * len(gpu_probe.WIDTHS)
+    assert {name.partition(",")[0] for name in cases["kernels"]} == {"fold", "dlogits"}
+    assert cases["bias"] == ({"fold", "fused"} if backend == "triton" else {"torch"}) | {"PyTorch"}
+    assert len(cases["frozen"]) == 2
+    assert all(row["ms"] > 0 for row in rows if row["part"] != "bias")
+    assert all(abs(row["bias_nats"]) < 1e-6 < 1e3 * row["rms_nats"] for row in rows if row["part"] == "bias")
+    assert all(0 < row["kept_fraction"] < 1 for row in rows if row["part"] == "choice")
+
+
+def test_a_part_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsys):
+    import gpu_probe
+
+    def broken():
+        raise RuntimeError("no kernel image")
+
+    good = {"part": "bias", "case": "torch", "bias_nats": 0.0}
+    monkeypatch.setattr(gpu_probe, "parts", lambda *_: {"matmul": broken, "bias": lambda: [good]})
+    monkeypatch.setattr(sys, "argv", ["gpu_probe.py", "--tiny", "--out", str(tmp_path)])
+    gpu_probe.main()
+    failed, rest = json.loads((tmp_path / "gpu_probe.json").read_text())["rows"]
+    assert failed == {"part": "matmul", "case": "-", "error": "RuntimeError: no kernel image"}
+    assert rest == good
+    assert "no kernel image" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_exist():
+    """Scripts, their options, tests and make targets that gpu_run.md names."""
+    page = (ROOT / "benchmarks" / "gpu_run.md").read_text()
+    commands = [line for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 5
+    for line in commands:
+        for name in re.findall(r"[\w/]+\.(?:py|txt|md|json)\b", line):
+            if not name.startswith("out"):
+                assert (ROOT / name).is_file(), line
+        for script in re.findall(r"benchmarks/\w+\.py", line):
+            source = (ROOT / script).read_text()
+            options = re.findall(r"(--[a-z][\w-]*)", line.split(script)[1])
+            assert all(f'"{option}"' in source for option in options), line
+    timed = [float(minutes) for minutes in re.findall(r"(\d+(?:\.\d+)?) min", page)]
+    assert sum(timed) <= 30
+    assert max(timed) <= 8
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_collected_without_packages_of_the_trainer(tmp_path):
+    """The machine has neither datasets nor trl; the operator's tests need torch, triton and pytest."""
+    blocked = "datasets", "trl", "peft", "transformers", "accelerate", "sklearn", "matplotlib"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({blocked!r}))  # None: importing one raises ImportError\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-p",
+        "no:xdist",
+        "tests/head/test_gpu.py",
+    ]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test_real_shapes" in run.stdout
