@@ -53,7 +53,7 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
         found = {f"head, {s}": (60, functools.partial(head_parts, s, shape)) for s, shape in SMOKE.items()}
         return found | {
             "growth": (60, functools.partial(growth_part, (32, 64), (500, 1000), 32)),
-            "step": (60, functools.partial(context_part, [("small", case, 64) for _, case, _ in STEPS], "step")),
+            "step": (150, functools.partial(context_part, [("small", case, 64) for _, case, _ in STEPS], "step")),
             "context": (60, functools.partial(context_part, [("small", "bco_fast, LoRA", 64)], "context")),
         }
     found = {}

@@ -134,7 +134,7 @@ def errors(case: Case, backend: str, dtype: torch.dtype, *, device="cpu", **kwar
         case.options,
     )
     frozen = kwargs.get("frozen", ())
-    truth = run(rounded, "reference", torch.float64, frozen=frozen)
+    truth = run(rounded, "reference", torch.float64, frozen=frozen, device=device)
     common = run(case, "plain", dtype, frozen=frozen, device=device)
     ours = run(case, backend, dtype, device=device, **kwargs)
     assert ours.keys() == truth.keys()

@@ -23,7 +23,6 @@ NOT_READ = {
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "label_names": "batches have one form",
     "train_sampling_strategy": "batch_composition and share_prompts decide the order of the rows",
-    "group_by_length": "batch_composition and share_prompts decide the order of the rows",
     "length_column_name": "the dataset holds tokens, not columns",
     "average_tokens_across_devices": "the loss of a step is always that of all its rows on all devices",
     "eval_do_concat_batches": "metrics are those of all held-out rows together",
@@ -32,6 +31,9 @@ NOT_READ = {
     "do_predict": "bco-fast generate writes completions",
 }
 """Options of TrainingArguments without effect here, and why; another value than the default is refused."""
+
+NOT_READ_4 = {"group_by_length": NOT_READ["train_sampling_strategy"]}
+"""The same of transformers 4."""
 
 ROWS_ONLY = (
     "per_device_train_batch_size", "auto_find_batch_size", "dataloader_drop_last", "dataloader_persistent_workers",
@@ -211,7 +213,7 @@ class FeedbackConfig(TrainingArguments):
 
     def _check_inherited(self) -> None:
         """Options of TrainingArguments that nothing here would read are refused, like those of another objective."""
-        for name, reason in NOT_READ.items():
+        for name, reason in (NOT_READ | NOT_READ_4).items():
             if self._given(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be honoured: {reason}")
         for name in ROWS_ONLY if self.tokens_per_batch is not None else ():

@@ -33,7 +33,7 @@ _MAY_DIFFER = {
         "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug"
     ),
     "saving": (
-        "output_dir overwrite_output_dir logging_dir save_strategy save_steps save_total_limit save_only_model "
+        "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_only_model "
         "save_on_each_node enable_jit_checkpoint resume_from_checkpoint restore_callback_states_from_checkpoint "
         "ignore_data_skip push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
         "hub_revision"
@@ -87,7 +87,9 @@ def fingerprint(trainer: FeedbackTrainer) -> dict:
 
 
 def _options(args) -> dict:
-    options = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
+    options = {
+        name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER | {"logging_dir"}
+    }  # of transformers 4
     options["gradient_accumulation_steps"] *= args.world_size  # another number of ranks may cut the same step
     steps = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
     return (

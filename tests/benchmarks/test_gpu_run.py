@@ -1,6 +1,7 @@
 """What runs on a rented GPU runs here first, small: a typo may not cost minutes there."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,30 @@ def test_the_commands_of_the_page_exist():
     timed = [float(minutes) for minutes in re.findall(r"(\d+(?:\.\d+)?) min", page)]
     assert sum(timed) <= 30
     assert max(timed) <= 8
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_runs_runs_here_and_launches_every_kernel(monkeypatch, tmp_path):
+    """On the CPU, interpreted: with the device replaced, and each launch noted."""
+    sys.path.insert(0, str(ROOT / "tests" / "head"))
+    import test_gpu
+
+    launched = tmp_path / "launched"
+    program = test_gpu.SANITIZED.replace('"cuda"', '"cpu"').replace("torch.bfloat16", "torch.float16")
+    noted = (
+        "import bco_fast.head.backends.launching as l, bco_fast.head.backends.triton as t, bco_fast.head.sparse.triton as s\n"
+        "real = l.launch\n"
+        f"names = open({str(launched)!r}, 'a')\n"
+        "def launch(kernel, *args, **options):\n"
+        "    print(kernel.fn.__name__, file=names, flush=True)\n"
+        "    real(kernel, *args, **options)\n"
+        "t.launch = s.launch = launch\n"
+    )
+    command = [sys.executable, "-c", program.replace("from heads import", f"{noted}from heads import", 1)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert sorted(set(launched.read_text().split())) == test_gpu.OUR_KERNELS
 
 
 @pytest.mark.slow
