@@ -18,9 +18,20 @@ from .bnf import bnf_loss, bnf_weights
 from .output import LossOutput, Reduction, reduction_weights, token_weights
 from .paired import dpo_loss, ipo_loss, nca_loss, orpo_loss, rdpo_loss, simpo_loss, slic_loss
 from .paired import dpo_loss as una_pair_loss
+from .preference import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    cpo_loss,
+    discopop_loss,
+    exo_pair_loss,
+    robust_loss,
+    sppo_hard_loss,
+)
 from .reward_shift import RewardShift
 from .sequence import sequence_logps
 from .unpaired import (
+    apo_zero_unpaired_loss,
     bce_loss,
     bco_loss,
     kto_loss,
@@ -37,19 +48,28 @@ __all__ = [
     "LossOutput",
     "Objective",
     "RewardShift",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "apo_zero_unpaired_loss",
     "bce_loss",
     "bco_loss",
+    "bco_pair_loss",
     "bnf_loss",
     "bnf_weights",
+    "cpo_loss",
+    "discopop_loss",
     "dpo_loss",
+    "exo_pair_loss",
     "ipo_loss",
     "kto_loss",
     "nca_loss",
     "orpo_loss",
     "rdpo_loss",
+    "robust_loss",
     "sft_loss",
     "simpo_loss",
     "slic_loss",
+    "sppo_hard_loss",
     "una_binary_bce_loss",
     "una_binary_mse_loss",
     "una_pair_loss",
@@ -162,6 +182,8 @@ def _row_weights(batch: Mapping[str, Tensor], class_weights: tuple[float, float]
     return batch["weight"].double() * torch.where(batch["label"], *class_weights)
 
 
+_SMOOTHED = {"label_smoothing": "label_smoothing"}
+
 OBJECTIVES: dict[str, Objective] = {
     "bco": Objective(bco_loss, "labels", beta=0.1, shift="ema"),
     "bce": Objective(bce_loss, "labels", beta=0.1),
@@ -173,13 +195,22 @@ OBJECTIVES: dict[str, Objective] = {
     "bnf": Objective(bnf_loss, "labels", per_token=True),
     "sft": Objective(sft_loss, "labels", reference=False, lengths=True, mean_over_tokens=True),
     "una_pair": Objective(una_pair_loss, "pairs", beta=0.03),
-    "dpo": Objective(dpo_loss, "pairs", beta=0.1),
+    "dpo": Objective(dpo_loss, "pairs", _SMOOTHED, beta=0.1),
     "ipo": Objective(ipo_loss, "pairs", beta=0.1, lengths=None),
     "slic": Objective(slic_loss, "pairs", {"slic_delta": "delta", "sft_weight": "sft_weight"}, reference=False),
     "simpo": Objective(simpo_loss, "pairs", {"gamma": "gamma"}, beta=2.0, reference=False, lengths=True),
     "orpo": Objective(orpo_loss, "pairs", {"lam": "lam"}, reference=False, lengths=True),
     "rdpo": Objective(rdpo_loss, "pairs", {"alpha": "alpha"}, beta=0.1, lengths=True),
     "nca": Objective(nca_loss, "pairs", beta=0.1),
+    "robust": Objective(robust_loss, "pairs", _SMOOTHED, beta=0.1),
+    "exo_pair": Objective(exo_pair_loss, "pairs", {"exo_epsilon": "epsilon"}, beta=0.1),
+    "sppo_hard": Objective(sppo_hard_loss, "pairs", beta=0.1),
+    "bco_pair": Objective(bco_pair_loss, "pairs", beta=0.1),
+    "apo_zero": Objective(apo_zero_loss, "pairs", beta=0.1),
+    "apo_down": Objective(apo_down_loss, "pairs", beta=0.1),
+    "discopop": Objective(discopop_loss, "pairs", {"discopop_tau": "tau"}, beta=0.1),
+    "cpo": Objective(cpo_loss, "pairs", {"nll_weight": "nll_weight"}, beta=0.1, reference=False, lengths=True),
+    "apo_zero_unpaired": Objective(apo_zero_unpaired_loss, "labels", beta=0.1),
 }
 
 

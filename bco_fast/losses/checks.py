@@ -71,6 +71,12 @@ def check_not_negative(**numbers: float) -> None:
             raise ValueError(f"{name} must be >= 0, not {number}")
 
 
+def check_fraction(below: float, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 <= number < below:
+            raise ValueError(f"{name} must be in [0, {below:g}), not {number}")
+
+
 def check_weight(sample_weight: Tensor | None) -> None:
     if sample_weight is not None and readable(sample_weight) and (sample_weight < 0).any():
         row = first(sample_weight < 0)

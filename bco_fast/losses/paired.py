@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_lengths, check_not_negative, check_positive, check_reference, check_vectors, check_weight
+from .checks import (
+    check_fraction,
+    check_lengths,
+    check_not_negative,
+    check_positive,
+    check_reference,
+    check_vectors,
+    check_weight,
+)
 from .output import LossOutput
 from .sequence import log1mexp
 
@@ -55,17 +63,26 @@ def dpo_loss(
     ref_rejected_logps: Tensor,  # [B]
     *,
     beta: float = 0.1,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """Direct preference optimization: -log sigmoid(r_w - r_l).
 
     Rafailov et al., arXiv 2305.18290, Eq. 7; the same function is UNA on pairs (arXiv 2408.15339, Eq. 10).
+
+    Args:
+        label_smoothing: e in [0, 0.5), the share of pairs that are the wrong way round, for the conservative DPO of that paper's
+            authors: -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w).
     """
     chosen, rejected = _log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_positive(beta=beta)
-    per_example = -F.logsigmoid(beta * (chosen - rejected))
+    check_fraction(0.5, label_smoothing=label_smoothing)
+    margin = beta * (chosen - rejected)
+    per_example = -F.logsigmoid(margin)
+    if label_smoothing:
+        per_example = (1 - label_smoothing) * per_example - label_smoothing * F.logsigmoid(-margin)
     return _output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 

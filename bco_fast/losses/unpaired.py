@@ -147,6 +147,25 @@ def kto_loss(
     return LossOutput(loss, per_example, rewards.detach(), logps.detach(), labels, z_ref, weight=weight, extra=extra)
 
 
+def apo_zero_unpaired_loss(
+    logps: Tensor,  # [B]
+    ref_logps: Tensor,  # [B]
+    labels: Tensor,  # [B] bool
+    *,
+    beta: float = 0.1,
+    sample_weight: Tensor | None = None,  # [B]
+    reduction: Reduction = "mean",
+) -> LossOutput:
+    """Anchored preference optimization without pairs: sigmoid(-r) for thumbs up, sigmoid(r) for thumbs down.
+
+    The terms of D'Oosterlinck et al., arXiv 2408.06266, Eq. 7, each on its own row, as in TRL's KTOTrainer: `kto_loss` with
+    z_ref = 0. The rest is as in `bco_loss`.
+    """
+    rewards = _unpaired_rewards(logps, ref_logps, labels, beta, sample_weight)
+    per_example = torch.sigmoid(torch.where(labels, -rewards, rewards))
+    return _output(per_example, rewards, logps, labels, 0.0, sample_weight, reduction)
+
+
 def una_binary_mse_loss(
     logps: Tensor,  # [B]
     ref_logps: Tensor,  # [B]

@@ -85,6 +85,12 @@ class FeedbackConfig(TrainingArguments):
     sft_weight: float = _option(0.0, "Weight of the chosen completion's likelihood in slic, >= 0.")
     gamma: float = _option(1.0, "Target margin of simpo, in reward units, >= 0.")
     lam: float = _option(0.1, "Weight of the odds ratio in orpo, >= 0.")
+    label_smoothing: float = _option(
+        0.0, "Share of pairs that dpo and robust expect to be the wrong way round, [0, 0.5)."
+    )
+    exo_epsilon: float = _option(0.001, "Probability that exo_pair leaves to the rejected completion, (0, 0.5).")
+    discopop_tau: float = _option(0.05, "Temperature of discopop's modulation, (0, 1).")
+    nll_weight: float = _option(1.0, "Weight of the chosen completion's likelihood in cpo, >= 0.")
     alpha: float = _option(0.01, "Reward per token of length in rdpo, >= 0.")
     length_normalized: bool = _option(False, "Let ipo compare means over tokens, as in TRL, instead of sums.")
 

@@ -26,6 +26,18 @@ SOURCES: dict[str, tuple[str, str]] = {
     "simpo": ("−log σ(β logp_w/|y_w| − β logp_l/|y_l| − γ)", "Meng et al., arXiv 2405.14734, Eq. 6"),
     "orpo": ("−logp_w/|y_w| − λ log σ(log odds_w − log odds_l)", "Hong et al., arXiv 2403.07691, Eq. 6 and 7"),
     "rdpo": ("−log σ(r_w − r_l + α(|y_w| − |y_l|))", "Park et al., arXiv 2403.19159, Eq. 9"),
+    "robust": (
+        "(−(1 − ε) log σ(r_w − r_l) + ε log σ(r_l − r_w)) / (1 − 2ε)",
+        "Chowdhury et al., arXiv 2403.00409",
+    ),
+    "exo_pair": ("KL of (σ(x), σ(−x)) from (1 − ε, ε), x = r_w − r_l", "Ji et al., arXiv 2402.00856, Eq. 16"),
+    "sppo_hard": ("(h_w − 1/(2β))² + (h_l + 1/(2β))²", "Wu et al., arXiv 2405.00675, Eq. 4.7"),
+    "bco_pair": ("−log σ(r_w) − log σ(−r_l)", "Jung et al., arXiv 2404.04656, section 5"),
+    "apo_zero": ("σ(−r_w) + σ(r_l)", "D'Oosterlinck et al., arXiv 2408.06266, Eq. 7"),
+    "apo_down": ("σ(r_w) + σ(r_l − r_w)", "D'Oosterlinck et al., arXiv 2408.06266, Eq. 8"),
+    "discopop": ("−(1 − m) log σ(x) + m e^−x, m = σ(x/τ), x = r_w − r_l", "Lu et al., arXiv 2406.08414, Eq. 5"),
+    "cpo": ("−log σ(β (logp_w − logp_l)) − λ logp_w/|y_w|", "Xu et al., arXiv 2401.08417, Eq. 3"),
+    "apo_zero_unpaired": ("σ(∓r)", "D'Oosterlinck et al., arXiv 2408.06266, Eq. 7"),
     "nca": ("−log σ(r_w) − ½ (log σ(−r_w) + log σ(−r_l))", "Chen et al., arXiv 2402.05369"),
 }
 """loss_type -> (cost of a completion or pair, source)."""

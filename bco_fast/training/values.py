@@ -33,11 +33,11 @@ AT_LEAST = {
 }
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "logging_steps", "save_steps", "eval_steps",
-    "eval_delay", "label_smoothing_factor", "neftune_noise_alpha", "sft_weight", "gamma", "lam", "alpha", "desirable_weight",
+    "eval_delay", "label_smoothing_factor", "neftune_noise_alpha", "sft_weight", "gamma", "lam", "alpha", "nll_weight", "desirable_weight",
     "undesirable_weight",
 )  # fmt: skip
-POSITIVE = ("beta", "slic_delta", "num_train_epochs")
-BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "sparse_tolerance", "shift_decay")
+POSITIVE = ("beta", "slic_delta", "num_train_epochs", "exo_epsilon", "discopop_tau")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "sparse_tolerance", "shift_decay", "discopop_tau")
 SEEDS = ("seed", "data_seed")
 INTERVALS = {"save_strategy": "save_steps", "eval_strategy": "eval_steps"}
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -64,6 +64,7 @@ def check_numbers(config) -> None:
     check(NOT_NEGATIVE, lambda value: 0 <= value < math.inf, ">= 0")
     check(POSITIVE, lambda value: 0 < value < math.inf, "> 0")
     check(BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)")
+    check(["label_smoothing", "exo_epsilon"], lambda value: 0 <= value < 0.5, "in [0, 0.5)")
     check(["pairing_ratio"], lambda value: 0 <= value <= 1, "in [0, 1]")
     check(["max_steps"], lambda value: value > 0 or value == -1, "at least 1, or -1 for num_train_epochs")
     check(SEEDS, lambda value: 0 <= value < 2**32, "in [0, 2^32)")

@@ -5,7 +5,7 @@
 `DPOTrainer.compute_loss`, `KTOTrainer.compute_loss` and `get_batch_loss_metrics` of the experimental CPOTrainer and
 ORPOTrainer run unchanged. In place of the model they get one that answers with log-probs drawn from a seed, so that
 every value is of their own code on known log-probs. A loss is recorded for the whole batch and pair by pair.
-TRL's exo_pair, robust, sppo_hard, aot, apo_down, discopop and sigmoid_norm have no counterpart here and are left out.
+TRL's aot, aot_unpaired and sigmoid_norm have no counterpart here and are left out.
 """
 
 import tempfile
@@ -19,13 +19,16 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 PAIRS, LONGEST = 8, 12
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "apo_zero", "sft")
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "apo_zero", "sft", "robust", "exo_pair", "sppo_hard", "apo_down", "discopop")  # fmt: skip
+LABEL_SMOOTHING = 0.1  # read by robust and exo_pair; discopop's tau is TRL's default, 0.05
 DPO_BETAS = (0.1, 0.5)
 CPO_SETTINGS = (
     {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5},
     {"loss_type": "simpo", "beta": 10.0, "simpo_gamma": 3.0},
     {"loss_type": "hinge", "beta": 0.1},
     {"loss_type": "ipo", "beta": 0.2},
+    {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.1},
+    {"loss_type": "sigmoid", "beta": 0.5},
 )
 
 
@@ -112,6 +115,7 @@ def dpo(drawn: Drawn) -> list[dict]:
     for loss_type in DPO_LOSSES:
         for beta in DPO_BETAS:
             trainer.loss_types, trainer.loss_weights, trainer.beta = [loss_type], [1.0], beta
+            trainer.label_smoothing = LABEL_SMOOTHING
             value, gradient = loss(list(range(PAIRS)))
             recorded.append(
                 {
@@ -168,9 +172,9 @@ def kto(drawn: Drawn) -> list[dict]:
     """Completions in batches of both classes or one. A batch's mismatched side is of other rows."""
     columns = {"completion": [" yes", " no"], "label": [True, False]}
     recorded = []
-    for desirable, undesirable in ((1.0, 1.0), (1.33, 0.5)):
+    for loss_type, desirable, undesirable in (("kto", 1.0, 1.0), ("kto", 1.33, 0.5), ("apo_zero_unpaired", 1.33, 0.5)):
         options = {"desirable_weight": desirable, "undesirable_weight": undesirable, "beta": 0.1}
-        trainer = made(KTOTrainer, KTOConfig, columns, precompute_ref_log_probs=True, **options)
+        trainer = made(KTOTrainer, KTOConfig, columns, precompute_ref_log_probs=True, loss_type=loss_type, **options)
         for rows, mismatched, labels in (
             ([0, 1, 2, 3], [4, 5, 6, 7], [True, False, False, False]),
             ([4, 5, 6, 7], [8, 9, 10, 11], [True, True, True, False]),
@@ -183,11 +187,18 @@ def kto(drawn: Drawn) -> list[dict]:
             inputs = tokens | {f"KL_{name}": tensor for name, tensor in drawn.tokens(mismatched).items()}
             inputs |= {"label": torch.tensor(labels), "ref_logps": drawn.ref[rows].sum(1)}
             inputs["ref_KL_logps"] = drawn.ref[mismatched].sum(1)
-            value = trainer.compute_loss(Answers(drawn.policy[mismatched], policy), inputs)
+            answers = [drawn.policy[mismatched], policy] if loss_type == "kto" else [policy]
+            value = trainer.compute_loss(Answers(*answers), inputs)
             (gradient,) = torch.autograd.grad(value, policy)
             recorded.append(
                 options
-                | {"rows": rows, "mismatched": mismatched, "labels": labels, "loss": numbers(value[None])[0]}
+                | {
+                    "loss_type": loss_type,
+                    "rows": rows,
+                    "mismatched": mismatched,
+                    "labels": labels,
+                    "loss": numbers(value[None])[0],
+                }
                 | {"kl": trainer._metrics["train"]["kl"][-1], "gradient": numbers(gradient[:, 0])}
             )
     return recorded

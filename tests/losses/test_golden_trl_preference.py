@@ -33,25 +33,17 @@ def hinge(chosen, rejected, ref_chosen, ref_rejected, beta):
     return beta * losses.slic_loss(chosen - ref_chosen, rejected - ref_rejected, delta=1 / beta).per_example
 
 
-def bco_pair(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """Both sides of a pair, each by the binary cross-entropy of its label, no shift."""
-    up = losses.bce_loss(chosen, ref_chosen, UP, beta=beta).per_example
-    return up + losses.bce_loss(rejected, ref_rejected, DOWN, beta=beta).per_example
-
-
-def apo_zero(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """Both sides of a pair by KTO with z_ref = 0."""
-    up = losses.kto_loss(chosen, ref_chosen, UP, kl=0.0, beta=beta).per_example
-    return up + losses.kto_loss(rejected, ref_rejected, DOWN, kl=0.0, beta=beta).per_example
-
-
 OURS = {
     "sigmoid": lambda *sides, beta: losses.dpo_loss(*sides, beta=beta).per_example,
     "ipo": lambda *sides, beta: losses.ipo_loss(*sides, beta=beta, **BY_LENGTH).per_example,
     "nca_pair": lambda *sides, beta: losses.nca_loss(*sides, beta=beta).per_example,
     "hinge": hinge,
-    "bco_pair": bco_pair,
-    "apo_zero": apo_zero,
+    "robust": lambda *sides, beta: losses.robust_loss(*sides, beta=beta, label_smoothing=0.1).per_example,
+    "exo_pair": lambda *sides, beta: losses.exo_pair_loss(*sides, beta=beta, epsilon=0.1).per_example,
+    **{
+        name: lambda *sides, beta, name=name: losses.LOSSES[name](*sides, beta=beta).per_example
+        for name in ("bco_pair", "apo_zero", "apo_down", "sppo_hard", "discopop")
+    },
 }
 
 
@@ -95,6 +87,13 @@ def test_cpo_trainer(golden):
         ours = losses.simpo_loss(chosen, rejected, beta=beta, gamma=golden["simpo_gamma"], **BY_LENGTH).per_example
     elif golden["loss_type"] == "hinge":
         ours = beta * losses.slic_loss(chosen, rejected, delta=1 / beta).per_example
+    elif golden["loss_type"] == "sigmoid":
+        smoothing = golden.get("label_smoothing", 0.0)
+        ours = losses.dpo_loss(chosen, rejected, zeros, zeros, beta=beta, label_smoothing=smoothing).per_example
+        if not smoothing:
+            close(
+                losses.cpo_loss(chosen, rejected, beta=beta, nll_weight=0.0, **BY_LENGTH).per_example, golden["losses"]
+            )
     else:
         ours = losses.ipo_loss(chosen, rejected, zeros, zeros, beta=beta, **BY_LENGTH).per_example
     close(ours, golden["losses"])
@@ -111,22 +110,22 @@ def test_kto_trainer(golden):
     policy, ref = logps()
     rows, mismatched = golden["rows"], golden["mismatched"]
     kl = (policy - ref)[mismatched].mean()
-    out = losses.kto_loss(
-        policy[rows],
-        ref[rows],
-        torch.tensor(golden["labels"]),
-        kl=kl,
-        **{name: golden[name] for name in ("beta", "desirable_weight", "undesirable_weight")},
-    )
+    labels = torch.tensor(golden["labels"])
+    if golden["loss_type"] == "kto":
+        weights = {name: golden[name] for name in ("desirable_weight", "undesirable_weight")}
+        out = losses.kto_loss(policy[rows], ref[rows], labels, kl=kl, beta=golden["beta"], **weights)
+        close(out.metrics["kl"], golden["kl"])
+    else:
+        weight = torch.where(labels, golden["desirable_weight"], golden["undesirable_weight"])
+        out = losses.apo_zero_unpaired_loss(policy[rows], ref[rows], labels, beta=golden["beta"], sample_weight=weight)
     close(out.loss, golden["loss"])
-    close(out.metrics["kl"], golden["kl"])
     (gradient,) = torch.autograd.grad(out.loss, policy)
     close(gradient[rows], golden["gradient"])
 
 
 def test_the_recording_holds_the_cases_it_is_for():
     assert {golden["loss_type"] for golden in GOLDEN["dpo"]} == {*OURS, "sft"}
-    kl = [golden["kl"] for golden in GOLDEN["kto"]]
+    kl = [golden["kl"] for golden in GOLDEN["kto"] if golden["loss_type"] == "kto"]
     assert min(kl) == 0  # clamped
     assert max(kl) > 0.1
     assert {sum(g["labels"]) / len(g["labels"]) for g in GOLDEN["kto"]} == {0.0, 0.25, 0.5, 0.75, 1.0}

@@ -42,6 +42,7 @@ UNPAIRED = {
     ),
     "una_binary_mse": ({"beta": 0.3, "delta": 0.2}, lambda r, y, s: (_sigmoid(r - 0.2) - y) ** 2),
     "una_binary_bce": ({"beta": 0.3}, lambda r, y, s: -math.log(_sigmoid(r) if y else 1 - _sigmoid(r))),
+    "apo_zero_unpaired": ({"beta": 0.3}, lambda r, y, s: _sigmoid(-r if y else r)),
     "una_score": ({"beta": 0.3, "delta": 0.2}, lambda r, y, s: (_sigmoid(r - 0.2) - s) ** 2),
     "una_reward": ({"beta": 0.3, "delta": 0.2}, lambda r, y, s: (r - 0.2 - s) ** 2),
 }
@@ -89,6 +90,38 @@ PAIRED = {  # of log-probs w, l, their references u, v, and lengths n, m
     "rdpo": (
         {"beta": 0.3, "alpha": 0.05, **_by_length},
         lambda w, l, u, v, n, m: -_log_sigmoid(0.3 * (w - u - l + v) + 0.05 * (n - m)),
+    ),
+    "dpo smoothed": (
+        {"beta": 0.3, "label_smoothing": 0.2},
+        lambda w, l, u, v, n, m: -0.8 * _log_sigmoid(0.3 * (w - u - l + v)) - 0.2 * _log_sigmoid(0.3 * (l - v - w + u)),
+    ),
+    "robust": (
+        {"beta": 0.3, "label_smoothing": 0.2},
+        lambda w, l, u, v, n, m: (
+            (-0.8 * _log_sigmoid(0.3 * (w - u - l + v)) + 0.2 * _log_sigmoid(0.3 * (l - v - w + u))) / 0.6
+        ),
+    ),
+    "exo_pair": (
+        {"beta": 0.3, "epsilon": 0.1},
+        lambda w, l, u, v, n, m: sum(
+            _sigmoid(x) * (_log_sigmoid(x) - math.log(q))
+            for x, q in ((0.3 * (w - u - l + v), 0.9), (0.3 * (l - v - w + u), 0.1))
+        ),
+    ),
+    "sppo_hard": ({"beta": 0.3}, lambda w, l, u, v, n, m: (w - u - 1 / 0.6) ** 2 + (l - v + 1 / 0.6) ** 2),
+    "bco_pair": ({"beta": 0.3}, lambda w, l, u, v, n, m: -_log_sigmoid(0.3 * (w - u)) - _log_sigmoid(0.3 * (v - l))),
+    "apo_zero": ({"beta": 0.3}, lambda w, l, u, v, n, m: _sigmoid(0.3 * (u - w)) + _sigmoid(0.3 * (l - v))),
+    "apo_down": ({"beta": 0.3}, lambda w, l, u, v, n, m: _sigmoid(0.3 * (w - u)) + _sigmoid(0.3 * (l - v - w + u))),
+    "discopop": (
+        {"beta": 0.3, "tau": 0.4},
+        lambda w, l, u, v, n, m: (
+            -_sigmoid(-0.75 * (w - u - l + v)) * _log_sigmoid(0.3 * (w - u - l + v))
+            + _sigmoid(0.75 * (w - u - l + v)) * math.exp(-0.3 * (w - u - l + v))
+        ),
+    ),
+    "cpo": (
+        {"beta": 0.3, "nll_weight": 0.5, **_by_length},
+        lambda w, l, u, v, n, m: -_log_sigmoid(0.3 * (w - l)) - 0.5 * w / n,
     ),
     "nca": (
         {"beta": 0.3},
@@ -318,7 +351,9 @@ def _call(name, w, l=None, labels=LABELS, lengths=None):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_nan_at_rewards_of_ten_thousand(name):
-    positive = 0.0 if name in ("bnf", "orpo", "simpo", "slic", "sft") else 1.0  # log-probabilities have no reference
+    positive = (
+        0.0 if name in ("bnf", "orpo", "simpo", "slic", "sft", "cpo") else 1.0
+    )  # log-probabilities have no reference
     w = torch.tensor([-1e6, positive * 1e6, -1e6, positive * 1e6, 0.0]).requires_grad_()
     l = torch.tensor([positive * 1e6, -1e6, -1e6, positive * 1e6, 0.0]).requires_grad_()
     out = _call(name, w, l)

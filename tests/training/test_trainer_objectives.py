@@ -80,7 +80,13 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
         "simpo": lambda f: f(w, l, beta=2.0, gamma=1.0, **by),
         "orpo": lambda f: f(w, l, lam=0.1, **by),
         "rdpo": lambda f: f(w, l, rw, rl, beta=0.1, alpha=0.01, **by),
-        "nca": lambda f: f(w, l, rw, rl, beta=0.1),
+        "cpo": lambda f: f(w, l, beta=0.1, nll_weight=1.0, **by),
+        "exo_pair": lambda f: f(w, l, rw, rl, beta=0.1, epsilon=0.001),
+        "discopop": lambda f: f(w, l, rw, rl, beta=0.1, tau=0.05),
+        "apo_zero_unpaired": lambda f: f(logps, ref, labels, beta=0.1),
+        **dict.fromkeys(
+            ("nca", "robust", "sppo_hard", "bco_pair", "apo_zero", "apo_down"), lambda f: f(w, l, rw, rl, beta=0.1)
+        ),
     }[name](OBJECTIVES[name].loss)  # fmt: skip
     assert torch.allclose(loss, expected.loss, rtol=1e-6, atol=reward_error(float(logps.detach().abs().max())))
     assert args.beta == OBJECTIVES[name].beta
