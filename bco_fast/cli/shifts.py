@@ -34,7 +34,7 @@ def shifts(arguments: list[str]) -> dict:
     common.check_writable("--output_dir", options.output_dir)
     with common.usage_errors(ValueError, OSError):
         with common.usage_errors(FeedbackError, prefix="--data "):
-            rows = unpair(read_rows(options.data))
+            rows = unpair(read_rows(options.data, needs="texts"))
         tokenizer, other = (
             common.open_tokenizer(f"--{name}", getattr(options, name), options.trust_remote_code)
             for name in ("model", "ref_model")
@@ -53,6 +53,7 @@ def shifts(arguments: list[str]) -> dict:
             part = report["shifts"][series][name] or {}
             figures = {f"{series}_{value}_{name}": part.get(value) for value in ("mean", "gini")}
             summary |= {key: None if value is None else round(value, 6) for key, value in figures.items()}
+    summary |= {name: None if value is None else round(value, 6) for name, value in report["responses"].items()}
     return summary | {"output_dir": options.output_dir}
 
 
@@ -70,6 +71,7 @@ def _compare_models(options: argparse.Namespace, tokenizer, examples) -> dict:
         batches = {"pad_token_id": pad_or_eos(tokenizer), "tokens_per_batch": options.tokens_per_batch}
         values.append(token_values(model, examples, vocabulary=len(tokenizer), **batches))
         del model
-    labels = np.repeat([e.label for e in examples], [len(e) - e.completion_start for e in examples])
+    lengths = [len(e) - e.completion_start for e in examples]
+    labels = np.repeat([e.label for e in examples], lengths)
     report = {"model": options.model, "ref_model": options.ref_model, "data": options.data, "rows": len(examples)}
-    return report | compare(*values, labels)
+    return report | compare(*values, labels, lengths=lengths)

@@ -50,8 +50,9 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 LARGEST_WEIGHT = 3.4028234663852886e38
 """Of float32, in which losses are weighted."""
 
-Needs = Literal["labels", "scores", "rewards", "pairs"]
-"""What an objective reads: label; score in [0, 1]; score of any scale; chosen and rejected."""
+Needs = Literal["labels", "scores", "rewards", "pairs", "texts"]
+"""What is read: label; score in [0, 1]; score of any scale; chosen and rejected; or, for `shifts`, a completion, whose label may
+be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +231,14 @@ def _renamed(record: Mapping, renamed: Mapping[str, str], found: Sequence[str] |
 def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], found: Sequence[str] | None):
     # A table may hold pairs and single completions, with null where a column does not apply.
     either = record.get("chosen") is not None or record.get("rejected") is not None
-    pair = needs == "pairs" or (needs == "labels" and either)
+    pair = needs == "pairs" or (needs in ("labels", "texts") and either)
     scored = needs in ("scores", "rewards")
     names = ("chosen", "rejected") if pair else ("completion",)
     if not pair and isinstance(record.get("messages"), (list, tuple)) and record.get("completion") is None:
         names = ("messages",)
     chat = any(isinstance(record.get(name), (list, tuple)) for name in ("prompt", *names))
-    required = [*names, *([] if pair else ["score" if scored else _label_column(record)])]
+    unlabelled = needs == "texts" and record.get(_label_column(record)) is None
+    required = [*names, *([] if pair or unlabelled else ["score" if scored else _label_column(record)])]
     if not chat or record.get("prompt") is not None:
         required.insert(0, "prompt")
     for name in required:
@@ -246,7 +248,7 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     if pair and completions[0] == completions[1]:
         raise RowError("chosen and rejected are the same")
     score = _score(record["score"], needs, scale) if scored else math.nan
-    label = True if pair else score > 0.5 if scored else label_of(record)
+    label = True if pair or unlabelled else score > 0.5 if scored else label_of(record)
     tools = as_tools(record.get("tools")) if chat else None
     return FeedbackRow(prompt, completions, label, weight_of(record), where, score, tools, record.get("group", ""))
 

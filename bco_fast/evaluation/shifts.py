@@ -123,18 +123,21 @@ def gini(values: np.ndarray) -> float:
     return float(((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum()))
 
 
-def compare(policy: TokenValues, reference: TokenValues, labels: np.ndarray, *, bins: int = 60) -> dict:
-    """The report: for each of `SERIES` the shifts by class.
+def compare(
+    policy: TokenValues, reference: TokenValues, labels: np.ndarray, *, bins: int = 60, lengths: Sequence[int] = ()
+) -> dict:
+    """The report: for each of `SERIES` the shifts by class, and those of whole responses.
 
     Args:
         labels: [tokens] bool, True for tokens of a thumbs up.
+        lengths: tokens of each response, for `responses`.
         bins: of the histograms, between the 0.5 and 99.5 % quantile of all tokens; the outer bins include the values
             beyond.
 
     Returns:
         {"tokens": {up, down, all}, "shifts": {series: {"up", "down", "all": {"mean", "std", "mean_absolute", "gini",
         "quantiles": {"1" ... "99"}, "histogram": counts}, "edges"}}}. A class without tokens is None, and
-        so is the Gini coefficient if nothing shifted.
+        so is the Gini coefficient if nothing shifted. With lengths also {"responses": ...} of `response_shifts`.
     """
     labels = np.asarray(labels, dtype=bool)
     classes = {"up": labels, "down": ~labels, "all": np.ones(len(labels), dtype=bool)}
@@ -149,7 +152,26 @@ def compare(policy: TokenValues, reference: TokenValues, labels: np.ndarray, *, 
         edges = np.linspace(low, high, bins + 1)
         parts = {name: _summary(shift[where], edges) for name, where in classes.items()}
         report["shifts"][series] = parts | {"edges": edges.tolist()}
-    return report
+    return report | ({"responses": response_shifts(policy, reference, lengths)} if len(lengths) else {})
+
+
+def response_shifts(policy: TokenValues, reference: TokenValues, lengths: Sequence[int]) -> dict[str, float | None]:
+    """Means over responses, as BNF's Fig. 3 has them (arXiv 2410.04834).
+
+    Returns:
+        response_logp: |sum of the log-likelihood shifts|, nats (Fig. 3a); response_logp_per_token: that over the tokens (3d);
+        response_logit_per_token: mean |logit shift| (3e); response_logit_gini: Gini coefficient of |logit shift| (3f), None if
+        no logit has shifted.
+    """
+    cuts = np.cumsum(lengths)[:-1]
+    logp, logit = (np.split(getattr(policy, n) - getattr(reference, n), cuts) for n in ("logp", "logit"))
+    concentration = [value for value in (gini(np.abs(part)) for part in logit) if not math.isnan(value)]
+    return {
+        "response_logp": float(np.mean([abs(part.sum()) for part in logp])),
+        "response_logp_per_token": float(np.mean([abs(part.mean()) for part in logp])),
+        "response_logit_per_token": float(np.mean([np.abs(part).mean() for part in logit])),
+        "response_logit_gini": float(np.mean(concentration)) if concentration else None,
+    }
 
 
 def _summary(shift: np.ndarray, edges: np.ndarray) -> dict | None:

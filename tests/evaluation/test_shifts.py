@@ -9,6 +9,8 @@ import tiny
 import torch
 
 from bco_fast import cli
+from bco_fast.data.rows import read_rows
+from bco_fast.data.sources import FeedbackError
 from bco_fast.data.tokenize import load_feedback
 from bco_fast.evaluation import shifts as module
 from bco_fast.evaluation.shifts import SERIES, ShiftError, TokenValues, compare, gini, token_values
@@ -181,3 +183,25 @@ def test_bad_options_are_one_line_and_nothing_is_written(folders, tmp_path, capf
     assert cli.main(["shifts", *arguments]) == 2
     assert message in capfd.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_responses_by_hand():
+    """BNF's Fig. 3: two responses, of two tokens and of one."""
+    zeros = np.zeros(3)
+    policy = TokenValues(np.array([1.0, -3.0, 0.5]), np.array([2.0, 0.0, -4.0]), zeros)
+    found = compare(policy, TokenValues(zeros, zeros, zeros), np.ones(3, dtype=bool), lengths=[2, 1])["responses"]
+    assert found == {
+        "response_logp": (2.0 + 0.5) / 2,
+        "response_logp_per_token": (1.0 + 0.5) / 2,
+        "response_logit_per_token": (1.0 + 4.0) / 2,
+        "response_logit_gini": (0.5 + 0.0) / 2,
+    }
+
+
+def test_labels_may_be_missing():
+    rows = read_rows(
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c", "label": False}], needs="texts"
+    )
+    assert [row.label for row in rows] == [True, False]
+    with pytest.raises(FeedbackError, match="label must be true or false"):
+        read_rows([{"prompt": "a", "completion": "b", "label": 1}], needs="texts")
