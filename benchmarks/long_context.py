@@ -30,7 +30,7 @@ from counts import MODELS, Model
 
 CPU_SHAPE, CPU_BUDGET_MB = "small", 192
 SHAPES = {CPU_SHAPE: Model(128, 32000, 4, 2, 2, 64, 344)} | MODELS
-MLP_CHUNK, LORA_RANK = 1024, 32
+CHUNK, LORA_RANK = 1024, 32
 CPU_WORKSPACE, GPU_WORKSPACE = 16 << 20, 256 << 20
 CASES = {  # case: what runs, LoRA, environment
     "bco_fast, LoRA": ("ours", True, None),
@@ -78,7 +78,7 @@ def predicted_bytes(
     norm = 2 * item + (4 if item < 4 else 0)
     layer = tokens * (shape.D * (2 * norm + 2 * item) + item * (2 * q + 2 * kv))
     gradients = tokens * shape.D * (2 * item + (4 if item < 4 else 0))
-    mlp = item * min(MLP_CHUNK, tokens) * shape.intermediate * 6  # gate, up, silu, product, and two gradients
+    mlp = item * min(CHUNK, tokens) * shape.intermediate * 6  # gate, up, silu, product, and two gradients
     completion = tokens - tokens // PROMPT_SHARE
     head = workspace + completion * shape.D * (2 * item + 4) + (0 if lora else item * shape.V * shape.D)
     checkpoints = item * tokens * shape.D * (1 if offload else shape.layers)
@@ -185,11 +185,13 @@ def ours(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
     from bco_fast.data.dataset import Example, FeedbackDataset
 
     tokens = sum(map(len, rows[0]))
+    options = options_of(folder, tokens, device)
+    del options["train_sampling_strategy"]  # refused: FeedbackTrainer's own options decide the order of the rows
     config = FeedbackConfig(
-        **options_of(folder, tokens, device),
+        **options,
         cache_dir=str(folder / "cache"),
         use_peft=lora,
-        mlp_chunk_tokens=MLP_CHUNK,
+        layer_chunk_tokens=CHUNK,
         workspace_bytes=CPU_WORKSPACE if device == "cpu" else GPU_WORKSPACE,
     )
     examples = [Example(np.array(p + c, np.int32), len(p), i % 2 == 0, 1.0) for i, (p, c) in enumerate(rows)]

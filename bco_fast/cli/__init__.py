@@ -17,6 +17,7 @@ from .common import Terminated, UsageError, nearest, with_dashes, write_failure
 
 COMMANDS = {
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
+    "plan": ("--model PATH --max_length N --gpu_memory GB", "what a step takes, before a GPU is rented"),
     "online": ("--model PATH --prompts FILE --reward REWARD --output_dir DIR", "align it on its own completions"),
     "cache": ("build|inspect|verify|export|prune", "the reference log-probabilities on disk"),
     "demo": ("[--output_dir DIR]", "the whole method on a tiny model, in half a minute"),
@@ -90,6 +91,8 @@ def _run(arguments: list[str]) -> int:
         print(f"bco_fast {__version__}")
         return 0
     command, *rest = arguments
+    if command in ("train", "online") and sys.platform == "linux":  # read when the first GPU memory is allocated
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")

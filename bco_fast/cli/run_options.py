@@ -145,6 +145,7 @@ def run(trainer, resume_from_checkpoint) -> None:
     """Train; what stops it and the user can fix is one line. A signal stops it with a checkpoint."""
     from ..training.checkpoints import CheckpointError
     from ..training.finite import TrainingDiverged
+    from ..training.memory_watch import advice, out_of_memory
     from ..training.record import remove_run
     from .stopping import StopAfterStep
 
@@ -156,6 +157,10 @@ def run(trainer, resume_from_checkpoint) -> None:
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except TrainingDiverged as error:
         raise DivergedError(str(error)) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not out_of_memory(error):
+            raise
+        raise UsageError(advice(trainer)) from None
 
 
 @contextlib.contextmanager

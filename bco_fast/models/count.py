@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
@@ -28,7 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from ..head.tiling import CPU_TILE_BYTES
 from .attention import PREFIX
 from .load import add_adapter
-from .memory import offload_activations
+from .memory import free_embeddings, offload_activations
 from .patch import ROWS, TARGETS, patch_model
 from .tiles import Tiles, decoder_layers, is_norm, tile_layers, tile_mlps
 
@@ -155,6 +160,7 @@ def count_step(
     rows: int = 1,
     completion: int | None = None,
     device: str = "cuda",
+    peft_config=None,
 ) -> Memory:
     """Count one optimizer step, from the second on, when the optimizer has its state.
 
@@ -164,11 +170,16 @@ def count_step(
         tokens: of each of the `rows` of a micro-batch, padding included.
         completion: how many of them are scored, in each row; all by default.
         device: "cuda" or "cpu", where it would run.
+        peft_config: of the adapter, in place of the one that `options` describe.
 
     Raises:
         ValueError: the model cannot be counted; names the reason.
     """
-    trace = _trace(config, options, tokens, rows, completion or tokens - 1, device)
+    try:
+        trace = _trace(config, options, tokens, rows, completion or tokens - 1, device, peft_config)
+    except (DataDependentOutputException, UnsupportedOperatorException, DynamicOutputShapeException) as error:
+        name = (config.architectures or [type(config).__name__])[0]
+        raise ValueError(f"{name} cannot be counted: what it computes depends on values ({error})") from None
     return _fullest(trace, config.get_text_config().num_hidden_layers, options.gradient_accumulation_steps > 1)
 
 
@@ -193,7 +204,7 @@ def _fullest(trace: _Trace, layers: int, accumulated: bool) -> Memory:
 
 
 def small_model(
-    config: PreTrainedConfig, options: FeedbackConfig | Namespace, device: str, layers: int = LAYERS
+    config: PreTrainedConfig, options: FeedbackConfig | Namespace, device: str, peft_config=None, layers: int = LAYERS
 ) -> nn.Module:
     """A model of that config with few layers, prepared as training would, on the meta device."""
     config = copy.deepcopy(config)
@@ -206,8 +217,8 @@ def small_model(
     dtype = weights_dtype(config, options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if options.use_peft:
-            model = add_adapter(model, options)
+        if options.use_peft or peft_config is not None:
+            model = add_adapter(model, options, peft_config, quiet=True)
     patch_model(model, backend="torch", workspace_bytes=options.workspace_bytes, verify=False)
     if options.mlp_chunk_tokens is not None:
         tile_mlps(model, options.mlp_chunk_tokens)
@@ -218,6 +229,7 @@ def small_model(
             module.forward.most = 2
     if checkpointed(options):
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        free_embeddings(model)
     return model.train()
 
 
@@ -250,8 +262,8 @@ def checkpointed(options: FeedbackConfig | Namespace) -> bool:
     return bool(getattr(options, "activation_checkpointing", None) or options.gradient_checkpointing)
 
 
-def _trace(config, options, tokens: int, rows: int, completion: int, device: str) -> _Trace:
-    model = small_model(config, options, device)
+def _trace(config, options, tokens: int, rows: int, completion: int, device: str, peft_config) -> _Trace:
+    model = small_model(config, options, device, peft_config)
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
         _to_fake(model)
         layers = decoder_layers(model)

@@ -125,7 +125,7 @@ def _quantization(config: FeedbackConfig):
     )
 
 
-def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> nn.Module:
+def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None, *, quiet: bool = False) -> nn.Module:
     """Wrap the model with `peft_config`, or LoRA as `config` says; the base without the adapter is then the reference."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -156,5 +156,6 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None) -> n
     except ValueError as error:
         raise ValueError(f"lora_target_modules: {error}") from None
     trained, whole = model.get_nb_trainable_parameters()
-    logger.info("adapter: %d of %d parameters are trained (%.2f %%)", trained, whole, 100 * trained / whole)
+    if not quiet:
+        logger.info("adapter: %d of %d parameters are trained (%.2f %%)", trained, whole, 100 * trained / whole)
     return model

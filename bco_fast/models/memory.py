@@ -113,6 +113,14 @@ class offload_activations(torch.autograd.graph.saved_tensors_hooks):
             yield self.stream
 
 
+def free_embeddings(model: nn.Module, checkpoint_kwargs: dict | None = None) -> None:
+    """Frozen embeddings get no gradient: transformers asks for one wherever layers are checkpointed, which only its
+    reentrant kind needs. It would keep the embedded row, and its gradient, through the whole backward."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (checkpoint_kwargs or {}).get("use_reentrant", False) and hasattr(base, "disable_input_require_grads"):
+        base.disable_input_require_grads()
+
+
 def offloading(shape: torch.Size, on: bool) -> contextlib.AbstractContextManager:
     """`offload_activations` for a batch of [B, T] tokens, if it is wanted."""
     return offload_activations(shape) if on else contextlib.nullcontext()

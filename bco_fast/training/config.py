@@ -150,6 +150,12 @@ class FeedbackConfig(TrainingArguments):
     activation_offloading: bool = _option(
         False, "Keep saved activations in host memory; with gradient_checkpointing, for long context."
     )
+    long_context: str = _option(
+        "off",
+        "auto: before training, count what a step takes and turn on gradient_checkpointing, layer_chunk_tokens and "
+        "activation_offloading, in this order, until it fits.",
+        choices=["off", "auto"],
+    )
     mlp_chunk_tokens: int | None = _option(
         None, "Tokens that an MLP processes at a time, for long context. Default: all."
     )
@@ -247,6 +253,8 @@ class FeedbackConfig(TrainingArguments):
             raise ValueError(
                 "quantised weights cannot be trained themselves: load_in_4bit and load_in_8bit need use_peft"
             )
+        if self.long_context not in ("off", "auto"):
+            raise ValueError(f"long_context must be off or auto, not {self.long_context!r}")
         if self.share_prompts not in ("auto", "true", "false"):
             raise ValueError(f"share_prompts must be auto, true or false, not {self.share_prompts!r}")
 

@@ -14,6 +14,7 @@ from ..models.patch import patch_model
 from ..models.tiles import tile_layers, tile_mlps
 from .checks import check_positions
 from .config import FeedbackConfig
+from .memory_watch import turn_on_what_fits
 
 logger = logging.getLogger("bco_fast")
 
@@ -46,6 +47,8 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     check_positions(model, args.max_length)
+    if args.long_context == "auto":
+        turn_on_what_fits(model, args)
     patch_model(
         model,
         backend=args.backend,

@@ -26,6 +26,7 @@ from . import checks
 from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
 from .loader import train_loader
+from .memory_watch import MemoryWatch
 from .policy import prepare_policy
 from .processes import check_processes
 from .record import RunRecorder
@@ -107,6 +108,8 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.recorder = RunRecorder(train_dataset, eval_dataset)
         self.add_callback(self.feedback)
         self.add_callback(self.recorder)
+        self.memory = MemoryWatch(self)
+        self.add_callback(self.memory)
         policy = self.accelerator.unwrap_model(self.model)
         self.layout = choose_layout(
             policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=self.sharded
@@ -260,7 +263,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
             if window:
                 if not self.objective.mismatched:
                     del window["kl"]
-                logs.update(_present(window), delta=self.delta)
+                logs.update(_present(window), delta=self.delta, **self.memory.log())
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):

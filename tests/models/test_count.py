@@ -11,7 +11,7 @@ from bco_fast.data.dataset import Example
 from bco_fast.head.types import HeadStats
 from bco_fast.models.attention import use_segments
 from bco_fast.models.count import count_step
-from bco_fast.models.memory import offload_activations
+from bco_fast.models.memory import free_embeddings, offload_activations
 from bco_fast.models.patch import completion_logps
 from bco_fast.training.policy import prepare_policy
 
@@ -63,6 +63,7 @@ def _measured(args, tokens: int) -> int:
             use_segments(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            free_embeddings(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
         model.train()
         for _ in range(2):

@@ -94,11 +94,15 @@ def test_evaluation_over_ranks_is_exact(worlds):
         assert math.isclose(both[name], value, rel_tol=1e-5, abs_tol=reward_error(alone["eval_logps/chosen"])), name
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_offload", "zero3", "zero3_offload"])
 def test_shipped_configs_are_ones_accelerate_reads(name):
     from accelerate.commands.config.config_args import ClusterConfig
 
     text = (CONFIGS / f"{name}.yaml").read_text()
     config = ClusterConfig.from_yaml_file(CONFIGS / f"{name}.yaml")
-    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+    assert (
+        config.distributed_type
+        == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name.removesuffix("_offload")]
+    )
+    assert name.endswith("_offload") is any(line in text for line in ("offload_params: true", "param_device: cpu"))
     assert set(yaml.safe_load(text)) <= set(ClusterConfig.__dataclass_fields__)
