@@ -11,7 +11,7 @@ from test_logps import BACKENDS, DEVICE, PeakBytes, _bytes
 
 from bco_fast import HeadStats, fused_linear_logps
 from bco_fast.head.dispatch import load_backend, load_sparse
-from bco_fast.head.sparse.choose import choose_blocks
+from bco_fast.head.sparse.choose import GPU_REPLICAS, _threshold, choose_blocks
 from bco_fast.head.types import HeadInputs, HeadNeed, HeadSaved, HeadSpec, HeadWant
 
 KINDS = ("flat", "peaked", "one-hot", "heavy-tailed", "certain target", "adversarial upstream")
@@ -320,3 +320,16 @@ def test_shards_keep_the_bound_each_for_itself(tmp_path):
     assert 1e-4 * expected[:600].abs().sum() < error <= error_bound * expected[:600].abs().sum() * 1.001
     assert error_bound <= 0.03
     assert relative_error(d_hidden, truth["d_hidden"]) < 0.1
+
+
+def test_copies_of_hot_bins_change_no_threshold():
+    """A GPU spreads additions to one bin over copies; sums of integers are exact in any order."""
+    g = torch.Generator().manual_seed(0)
+    cost = torch.rand(40, 100, generator=g) ** 8
+    cost[::3] = 1e-6  # most of them in one bin
+    for share in (0.0, 0.01, 0.3, 1.0):
+        found = [
+            _threshold(lambda: iter([(slice(0, 40), cost)]), share * cost.double().sum(), replicas)
+            for replicas in (1, 7, GPU_REPLICAS)
+        ]
+        assert len({(int(threshold), float(spent)) for threshold, spent in found}) == 1

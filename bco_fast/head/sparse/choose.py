@@ -30,6 +30,8 @@ _SHIFTS = (31 - _BITS, 31 - 2 * _BITS)  # of the bits of a non-negative float32
 _UNITS = 1 << 34
 # Relative error of the masses' logarithms; taken off the budget.
 _ROUNDING = 1e-4
+# On a GPU the additions to one bin wait for each other, and most costs lie in a few bins: neighbours get copies of their own.
+GPU_REPLICAS = 256
 
 
 class Choice(NamedTuple):
@@ -67,8 +69,9 @@ def choose_blocks(
     budget = total * (tolerance * (1 - _ROUNDING))
 
     keep = torch.empty((tiles, n), dtype=torch.bool, device=mass.device)
-    # Costs, their bits and what the histogram makes of them: about 40 bytes a block. On the CPU they stay in the cache.
-    most = workspace_bytes // 40 if mass.is_cuda else min(workspace_bytes // 40, 1 << 15)
+    replicas = max(min(GPU_REPLICAS, workspace_bytes // 4 // (8 * _BINS)), 1) if mass.is_cuda else 1
+    # Costs, their bits and what the histogram makes of them: about 48 bytes a block. On the CPU they stay in the cache.
+    most = (workspace_bytes - 8 * _BINS * replicas) // 48 if mass.is_cuda else min(workspace_bytes // 40, 1 << 15)
     step = max(most // tiles, 1)
 
     def costs() -> Iterator[tuple[slice, Tensor]]:
@@ -78,7 +81,7 @@ def choose_blocks(
             at = target_tile[rows]  # never dropped, so not counted
             yield rows, cost.scatter_(1, at, torch.where(has_target[rows, None], 0.0, cost.gather(1, at)))
 
-    threshold, spent = _threshold(costs, budget)
+    threshold, spent = _threshold(costs, budget, replicas)
     for rows, cost in costs():
         kept = (cost.view(torch.int32) >= threshold) & (cost != 0.0)
         at_target = kept.gather(1, target_tile[rows]) | (has_target & (upstream != 0))[rows, None]
@@ -114,13 +117,15 @@ def _row_norms(saved: HeadSaved, has_target: Tensor, sharded: bool) -> Tensor:  
     return torch.where(has_target, at_target + off, others)
 
 
-def _threshold(costs: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Tensor) -> tuple[Tensor, Tensor]:
+def _threshold(
+    costs: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Tensor, replicas: int
+) -> tuple[Tensor, Tensor]:
     """Bits of the smallest cost that is kept, and an upper bound of the sum of those below; both on the device."""
     scale = _UNITS / budget.clamp_min(1e-290)  # finite without a budget: 0 x inf is NaN
     spent = torch.zeros((), dtype=torch.int64, device=budget.device)
     low = torch.zeros((), dtype=torch.int32, device=budget.device)
     for shift in _SHIFTS:
-        histogram = torch.zeros(_BINS, dtype=torch.int64, device=budget.device)
+        histogram = torch.zeros(_BINS * replicas, dtype=torch.int64, device=budget.device)
         for _, cost in costs():
             bits = cost.view(torch.int32).flatten()
             # A cost above the budget is kept in any case; capped, sums stay below 2^63.
@@ -128,8 +133,11 @@ def _threshold(costs: Callable[[], Iterator[tuple[slice, Tensor]]], budget: Tens
             if shift != _SHIFTS[0]:  # only the bin in which the budget ends
                 inside = (bits >> _SHIFTS[0]) == (low >> _SHIFTS[0])
                 units, bits = torch.where(inside, units, 0), torch.where(inside, bits, 0)
-            histogram.index_add_(0, (bits >> shift) & (_BINS - 1), units)
-        sums = spent + histogram.cumsum(0)
+            bins = (bits >> shift) & (_BINS - 1)
+            if replicas > 1:
+                bins = bins * replicas + torch.arange(len(bins), device=bins.device, dtype=bins.dtype) % replicas
+            histogram.index_add_(0, bins, units)
+        sums = spent + histogram.view(_BINS, replicas).sum(1).cumsum(0)
         dropped = (sums <= _UNITS).sum().clamp_max(_BINS - 1)
         spent = torch.where(dropped > 0, sums[dropped - 1], spent)
         low = low + (dropped.to(torch.int32) << shift)
