@@ -28,6 +28,10 @@ THEIRS = ("#e69f00", "#cc79a7", "#56b4e9", "#8b949e", "#d55e00", "#b3a800")
 DASHED = 'stroke-dasharray="5 4"'
 
 
+def environment_of(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["environment"]
+
+
 def rows_of(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import charts
 import figures
-from charts import CHARTS, DRAWN, ROOT, rows_of
+from charts import CHARTS, DRAWN, ROOT, environment_of, rows_of
 from contenders import CONTENDERS, LOGITS
 from counts import MODELS
 from long_context import CASES
@@ -221,16 +222,51 @@ def shared_section() -> Iterator[str]:
     yield ""
 
 
+def gpu_section() -> Iterator[str]:
+    """Of a result that `gpu_suite.py --out` wrote and somebody copied to results/; nothing before."""
+    if not (charts.RESULTS / "gpu_suite.json").is_file():
+        return
+    where = environment_of("gpu_suite")
+    rows = [r for r in rows_of("gpu_suite") if r.get("benchmark") in ("gpu_suite", "step", "context")]
+    yield "## On a GPU"
+    yield ""
+    yield (
+        f"{where['gpu']}, PyTorch {where['torch']}, Triton {where['triton']}, {where['date']}. Forward and backward in "
+        "milliseconds and, for ours, what the GPU's measured matmul and copy rates allow; memory beyond the inputs. Steps and "
+        "contexts are whole runs of a model with random weights: the reference and two optimizer steps."
+    )
+    yield ""
+    missing = Missing()
+    for shape, mode, logits in dict.fromkeys((r["shape"], r["mode"], r.get("logits", "")) for r in rows):
+        body = []
+        for r in (r for r in rows if (r["shape"], r["mode"], r.get("logits", "")) == (shape, mode, logits)):
+            if "error" in r:
+                cells = [missing.cell({**r, "contender": r["case"]}), "", ""]
+            elif "median_s" not in r:
+                cells = [f"did not fit: {r['why']}" if "why" in r else "did not fit", "", ""]
+            else:
+                derived = f"{1e3 * r['derived_s']:.1f}" if "derived_s" in r else ""
+                cells = [f"{1e3 * r['median_s']:.1f}", derived, f"{r['extra_mb']:.0f} MB"]
+            body.append([r["case"], *cells])
+        yield f"**{shape}**, {MODES.get(mode, mode)}{f', {logits} logits' if logits else ''}"
+        yield ""
+        yield from markdown(["", "ms", "derived ms", "memory"], body)
+        yield ""
+    yield from missing.lines()
+    yield ""
+
+
 def tables() -> str:
+    measured = (charts.RESULTS / "gpu_suite.json").is_file()
     lines = [
         "# Results",
         "",
         "`benchmarks/publish.py` writes this page from [`benchmarks/results/`](../benchmarks/results). "
-        "[benchmarks.md](benchmarks.md) explains what is measured and how. Rows where bco_fast loses are kept. No GPU has been "
-        f"measured yet. Models are those of [`counts.py`](../benchmarks/counts.py): {', '.join(MODELS)}.",
+        "[benchmarks.md](benchmarks.md) explains what is measured and how. Rows where bco_fast loses are kept. "
+        f"{'' if measured else 'No GPU has been measured yet. '}Models are those of [`counts.py`](../benchmarks/counts.py): {', '.join(MODELS)}.",
         "",
     ]
-    for section in (head_section, step_section, shared_section, context_section, growth_section):
+    for section in (gpu_section, head_section, step_section, shared_section, context_section, growth_section):
         lines += section()
     return "\n".join(lines)
 

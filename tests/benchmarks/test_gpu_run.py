@@ -63,6 +63,37 @@ def test_the_commands_of_the_page_exist():
     assert max(timed) <= 8
 
 
+def test_a_result_of_a_gpu_gets_its_section_and_without_one_there_is_none(monkeypatch, tmp_path):
+    import charts
+    import publish
+
+    monkeypatch.setattr(charts, "RESULTS", tmp_path)
+    assert list(publish.gpu_section()) == []
+    head = {"benchmark": "gpu_suite", "shape": "Qwen3-8B", "mode": "frozen", "logits": "flat"}
+    rows = [
+        {**head, "case": "triton fold", "median_s": 0.0331, "derived_s": 0.0318, "extra_mb": 350.4},
+        {**head, "case": "Liger fused linear CE", "error": "missing: No module named 'liger_kernel'"},
+        {
+            "benchmark": "step",
+            "shape": "Llama-3-8B",
+            "mode": "LoRA",
+            "case": "bco_fast, LoRA",
+            "fits": False,
+            "why": "over 100 s",
+        },
+        {"benchmark": "growth", "shape": "growth along N", "mode": "frozen", "case": "not here"},
+    ]
+    environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
+    (tmp_path / "gpu_suite.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    page = "\n".join(publish.gpu_section())
+    assert "NVIDIA H200, PyTorch 2.11.0" in page
+    assert "| triton fold | 33.1 | 31.8 | 350 MB |" in page
+    assert "| Liger fused linear CE | [1] |  |  |" in page
+    assert "1. Liger fused linear CE: `missing: No module named 'liger_kernel'`" in page
+    assert "| bco_fast, LoRA | did not fit: over 100 s |  |  |" in page
+    assert "not here" not in page
+
+
 @pytest.mark.slow
 def test_what_the_sanitizer_runs_runs_here_and_launches_every_kernel(monkeypatch, tmp_path):
     """On the CPU, interpreted: with the device replaced, and each launch noted."""
