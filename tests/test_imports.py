@@ -18,7 +18,7 @@ ROOMS = {
     "files": set(),
     "head": {"torch", "triton", "bco_fast.kernels"},
     "losses": {"torch"},
-    "models": {"peft", "torch", "tqdm", "transformers"},
+    "models": {"liger_kernel", "peft", "torch", "tqdm", "transformers"},
     "data": {"datasets", "jinja2", "numpy", "pyarrow", "sklearn", "torch", "tqdm", "transformers"},
     "reference": {"numpy", "torch", "tqdm"},
     "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
@@ -29,6 +29,7 @@ ROOMS = {
 }
 ONLY_THERE = {
     "triton": {"head.backends.triton", "head.backends.launching", "head.sparse.triton"},
+    "liger_kernel": {"models.liger"},
     "trl": {"integrations.trl"},
     "datasets": {"data.sources"},
     "sklearn": {"data.density_ratio", "data.embedders"},

@@ -121,6 +121,12 @@ class FeedbackConfig(TrainingArguments):
         None,
         "Attention backend of a model loaded from a path. Default: FlashAttention if it fits, else SDPA.",
     )
+    liger: str = _option(
+        "auto",
+        "Liger's RMSNorm, rotary positions and SwiGLU in the layers: true, false, or auto, on a GPU where liger-kernel is "
+        "installed and knows the family.",
+        choices=["auto", "true", "false"],
+    )
     load_in_4bit: bool = _option(False, "QLoRA: load the base in 4 bits (NF4), its head in the stored dtype.")
     load_in_8bit: bool = _option(False, "Load the base in 8 bits, its head in the stored dtype.")
     use_peft: bool = _option(False, "Train a LoRA adapter; the base with the adapter disabled is the reference.")
@@ -278,14 +284,13 @@ class FeedbackConfig(TrainingArguments):
 
     def _leave_the_head_to_us(self) -> None:
         """Liger's kernels are welcome in the layers; its fused head would replace the forward that ours hooks into."""
-        if not self.use_liger_kernel:
-            return
-        chosen = dict(self.liger_kernel_config or {})
-        for name in ("fused_linear_cross_entropy", "cross_entropy"):
-            if chosen.get(name):
+        if self.liger not in ("auto", "true", "false"):
+            raise ValueError(f"liger must be auto, true or false, not {self.liger!r}")
+        for name, asked in (self.liger_kernel_config or {}).items():
+            if asked and name in ("fused_linear_cross_entropy", "cross_entropy"):
                 raise ValueError(f"liger_kernel_config asks for {name}: the head is bco_fast's own, leave it out")
-            chosen[name] = False
-        self.liger_kernel_config = chosen
+        if self.use_liger_kernel:  # the Trainer's would come after the reference is computed, so it is ours that acts
+            self.liger, self.use_liger_kernel = "true", False
 
     @property
     def objective(self) -> Objective:

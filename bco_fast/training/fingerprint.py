@@ -49,7 +49,7 @@ _MAY_DIFFER = {
         "use_cpu local_rank tf32 backend workspace_bytes cache_dir reference_tokens_per_batch "
         "activation_offloading long_context mlp_chunk_tokens layer_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs "
         "activation_checkpointing activation_checkpointing_kwargs torch_compile torch_compile_backend "
-        "torch_compile_mode torch_empty_cache_steps use_cache use_liger_kernel liger_kernel_config "
+        "torch_compile_mode torch_empty_cache_steps use_cache liger use_liger_kernel liger_kernel_config "
         "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
 from torch import nn
 
 from ..head.types import HeadStats
+from ..models.liger import use_liger
 from ..models.load import add_adapter, load_model
 from ..models.multimodal import freeze_other_modules
 from ..models.patch import patch_model
@@ -63,3 +65,11 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
         tiled = tile_layers(model, args.layer_chunk_tokens)
         logger.info("%d norms, projections and MLPs run over %d tokens at a time", tiled, args.layer_chunk_tokens)
     return model
+
+
+def replace_layers(model: nn.Module, args: FeedbackConfig, *, sharded: bool) -> list[str]:
+    """Put Liger's kernels into the layers where `args` says so. The model is on its device, unless it is sharded."""
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    chunked = args.mlp_chunk_tokens is not None
+    how = {"autocast": autocast, "chunked": chunked, "sharded": sharded}
+    return use_liger(model, args.liger, args.liger_kernel_config, args.device, **how)

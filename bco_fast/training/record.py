@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..data.dataset import FeedbackDataset
 from ..files import atomic_path, atomic_text, json_numbers
+from ..models.attention import base_attention
 from ..models.memory import peak_memory_mb
 from .checkpoints import candidates
 from .config import FeedbackConfig
@@ -48,7 +49,9 @@ _PRIVATE = re.compile(
     r"token|secret|password|api_key|^hub_|^push_to|_dir$|^resume_from|^trackio|^local_rank$|^loss_type$|^beta$"
 )
 _LOCAL_PATH = re.compile(r"(?<![\w:/.])(?:~|\.\.?)?/[^\s,;:'\"]+|\b[A-Za-z]:\\[^\s,;'\"]+")
-_PACKAGES = ("bco_fast", "torch", "transformers", "accelerate", "peft", "bitsandbytes")
+_PACKAGES = (
+    "bco_fast", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton", "liger_kernel", "flash_attn", "kernels",
+)  # fmt: skip
 
 
 class RunRecorder(TrainerCallback):
@@ -200,6 +203,7 @@ def _describe_model(model: nn.Module) -> dict:
     return {
         "model": public(str(getattr(base.config, "_name_or_path", "") or "")),
         "architecture": type(base).__name__,
+        "attention": base_attention(base.config),
         "adapter": hasattr(model, "peft_config"),
         "parameters": sum(n for n, _ in sizes),
         "trained_parameters": sum(n for n, trained in sizes if trained),

@@ -27,7 +27,7 @@ from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
 from .loader import train_loader
 from .memory_watch import MemoryWatch
-from .policy import prepare_policy
+from .policy import prepare_policy, replace_layers
 from .processes import check_processes
 from .record import RunRecorder
 from .references import prepare_reference
@@ -111,6 +111,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.memory = MemoryWatch(self)
         self.add_callback(self.memory)
         policy = self.accelerator.unwrap_model(self.model)
+        self.recorder.record["liger"] = replace_layers(policy, args, sharded=self.sharded)
         self.layout = choose_layout(
             policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=self.sharded
         )

@@ -85,8 +85,11 @@ def check_others(config) -> None:
         raise ValueError("backend triton needs a GPU: use torch or auto on a CPU, or set TRITON_INTERPRET=1")
     if config.fsdp and config.parallel_mode.value != "distributed":
         raise ValueError("fsdp needs several processes: start the command with accelerate launch or torchrun")
-    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
+    for name, asked in (("use_liger_kernel", config.use_liger_kernel), ("liger", config.liger == "true")):
+        if asked and importlib.util.find_spec("liger_kernel") is None:
+            raise ValueError(f"{name} needs liger-kernel: pip install 'bco_fast[gpu]'")
+        if asked and config.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"{name} needs a GPU: leave it out on a CPU, or set TRITON_INTERPRET=1")
     _check_reports(config.report_to)
     _check_optimizer(config)
     _check_scheduler(config)

@@ -85,6 +85,7 @@ TABLE = {
         "desirable_weight": ["nan", "-1", "x"],
         "undesirable_weight": ["nan"],
         "use_liger_kernel": ["true [liger_kernel]"],
+        "liger": ["maybe", "true [liger_kernel]"],
         "load_in_4bit": ["true"],
         "model": ["nowhere/x/y", "rw.py", "", "f.jsonl"],
         "lora_dropout": ["1", "nan"],

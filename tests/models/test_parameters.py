@@ -300,15 +300,3 @@ def test_a_quantised_base_keeps_the_stored_dtype_of_its_head(bits, tmp_path):
 def test_config_refuses(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         _config(tmp_path, **options)
-
-
-def test_ligers_layers_are_welcome_and_its_head_is_not(tmp_path, monkeypatch):
-    import transformers.training_args as arguments
-
-    if hasattr(arguments, "is_liger_kernel_available"):
-        monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda *a: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: object())  # as where liger-kernel is installed
-    config = _config(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
-    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
-    with pytest.raises(ValueError, match="the head is bco_fast's own"):
-        _config(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
