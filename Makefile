@@ -5,7 +5,7 @@ STAMP := $(VENV)/.pins-$(PINS)
 RUN := $(VENV)/bin/python
 PEERS := $(basename $(notdir $(wildcard tests/peers/*.txt)))
 
-.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-oldest test-cuda lint bench docs clean
+.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-oldest test-cuda lint bench claims docs clean
 
 help:
 	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
 	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
+	@echo 'make claims    what the papers claim, on a small model: docs/claims.md (about ten minutes)'
 	@echo 'make docs      the documentation site, into build/site'
 	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
 
@@ -98,6 +99,11 @@ bench-peers: venv venv-peers
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/long_context.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/publish.py
+
+# About seven minutes of one core.
+claims: venv
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/claims.py
+	$(RUN) benchmarks/claims_page.py
 
 docs: .venv-docs/.made
 	.venv-docs/bin/python -m mkdocs build --strict --quiet
