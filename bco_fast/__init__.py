@@ -43,6 +43,7 @@ _HOMES = {
     "cpo_loss": "losses",
     "apo_zero_unpaired_loss": "losses",
     "sft_loss": "losses",
+    "register_objective": "losses.custom",
     "LossOutput": "losses.output",
     "RewardShift": "losses.reward_shift",
     "ReferenceCache": "reference.cache",

@@ -32,6 +32,7 @@ from .losses import (
     una_reward_loss,
     una_score_loss,
 )
+from .losses.custom import register_objective
 from .losses.fused import fused_bco_loss, fused_bnf_loss
 from .losses.output import LossOutput
 from .losses.reward_shift import RewardShift
@@ -79,6 +80,7 @@ __all__ = [
     "orpo_loss",
     "patch_model",
     "rdpo_loss",
+    "register_objective",
     "robust_loss",
     "sequence_logps",
     "sft_loss",

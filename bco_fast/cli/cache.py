@@ -30,9 +30,11 @@ from .common import (
     UsageError,
     accelerator,
     add_fields,
+    add_objective_option,
     check_input,
     check_writable,
     load_model_and_tokenizer,
+    load_objectives,
     nearest,
     usage_errors,
 )
@@ -88,7 +90,7 @@ def build(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--loss_type",
-        choices=list(OBJECTIVES),
+        choices=OBJECTIVES,
         default="bco",
         help="objective that will train: it decides which columns are read and whether kto's mismatched rows are computed",
     )
@@ -99,6 +101,8 @@ def build(arguments: list[str]) -> None:
         help="compute part I of N; the parts of several machines are merged by copying their files into one folder",
     )
     add_fields(parser, FeedbackConfig, _AS_TRAIN)
+    add_objective_option(parser)
+    load_objectives(arguments)
     options = parser.parse_args(arguments)
     numbers = re.fullmatch(r"(\d+)/(\d+)", options.shard)
     part, parts = map(int, numbers.groups()) if numbers else (0, 0)

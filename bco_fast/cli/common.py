@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import re
+import runpy
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -171,6 +172,28 @@ def add_code_option(parser: Parser) -> None:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the Python code in the folder of a model or tokenizer"
     )
+
+
+def add_objective_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--objective_file",
+        metavar="FILE",
+        help="Python file that is run and calls register_objective, for a --loss_type of your own (default: none)",
+    )
+
+
+def load_objectives(arguments: list[str]) -> None:
+    """Run the file of --objective_file, so that --loss_type knows what it registers."""
+    parser = Parser(add_help=False)
+    add_objective_option(parser)
+    path = parser.parse_known_args(arguments)[0].objective_file
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UsageError(f"--objective_file {path}: {'a folder' if Path(path).is_dir() else 'no such file'}")
+    logger.info("--objective_file %s runs as Python", path)
+    with usage_errors(Exception, SystemExit, prefix=f"--objective_file {path}: "):  # it may raise anything
+        runpy.run_path(path, run_name="objective_file")
 
 
 def load_model_and_tokenizer(path: str, config, *, to_accelerator: bool = False):

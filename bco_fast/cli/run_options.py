@@ -14,7 +14,9 @@ from .common import (
     Help,
     Parser,
     UsageError,
+    add_objective_option,
     config_parser,
+    load_objectives,
     nearest,
     usage_errors,
     with_dashes,
@@ -29,6 +31,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument(
         "--model", metavar="PATH", help="folder of a Hugging Face causal language model, or a Hub name; required"
     )
+    add_objective_option(parser)
 
 
 def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], config_class: type, arguments: list):
@@ -51,8 +54,12 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
     if path is not None:
         with usage_errors(UsageError, ValueError, prefix=f"--config {path}: "):
             from_file = read_config(path, known, config_class)
+        load_objectives([*from_file, *arguments])
+        with usage_errors(UsageError, ValueError, prefix=f"--config {path}: "):
             known.parse_args(from_file)
         arguments = [*from_file, *arguments]
+    else:
+        load_objectives(arguments)
     namespace, unknown = known.parse_known_args(arguments)
     if unknown:
         hint = nearest(unknown[0].split("=")[0], known._option_string_actions)

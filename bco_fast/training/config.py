@@ -59,7 +59,7 @@ class FeedbackConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Always false: the dataset holds tokens, not columns.")
     logging_nan_inf_filter: bool = _option(False, "Always false: a loss that is not finite stops the run.")
 
-    loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=list(OBJECTIVES))
+    loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=OBJECTIVES)
     beta: float | None = _option(
         None, "Reward per nat of log-ratio, > 0. Default: the paper's, 0.1 for most, see docs/objectives.md."
     )
@@ -88,8 +88,10 @@ class FeedbackConfig(TrainingArguments):
     label_smoothing: float = _option(
         0.0, "Share of pairs that dpo and robust expect to be the wrong way round, [0, 0.5)."
     )
-    exo_epsilon: float = _option(0.001, "Probability that exo_pair leaves to the rejected completion, (0, 0.5).")
-    discopop_tau: float = _option(0.05, "Temperature of discopop's modulation, (0, 1).")
+    exo_epsilon: float = _option(
+        0.001, "Share of the probability that exo_pair leaves to the rejected completion, (0, 0.5)."
+    )
+    discopop_tau: float = _option(0.05, "Width of discopop's modulation, in reward units, (0, 1).")
     nll_weight: float = _option(1.0, "Weight of the chosen completion's likelihood in cpo, >= 0.")
     alpha: float = _option(0.01, "Reward per token of length in rdpo, >= 0.")
     length_normalized: bool = _option(False, "Let ipo compare means over tokens, as in TRL, instead of sums.")
