@@ -1,6 +1,7 @@
 """The benchmark programs run, and their counts are right."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_part_over_its_time_limit_is_a_row(tmp_path):
 def test_the_whole_suite_runs_small_on_the_cpu(suite):
     rows = suite()[0]["rows"]
     assert {"growth", "context"} <= {r["part"] for r in rows}
-    assert all("error" not in r or _known(r) for r in rows)
+    assert [r for r in rows if "error" in r and not _known(r)] == []
     (context,) = [r for r in rows if r["part"] == "context"]
     assert context["predicted_mb"] / 2 < context["extra_mb"] < context["predicted_mb"] * 1.3
 
@@ -85,7 +86,8 @@ def test_the_whole_suite_runs_small_on_the_cpu(suite):
 def test_the_benchmarks_run_under_pytest_benchmark(tmp_path):
     options = ["-k", "Llama and frozen", "--benchmark-max-time=0.1", "--benchmark-min-rounds=1", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "benchmarks/", *options, f"--benchmark-json={tmp_path / 'out.json'}"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # a worker measures nothing
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     measured = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {m["extra_info"]["contender"] for m in measured} == {"bco_fast", "PyTorch"}

@@ -201,7 +201,7 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     summaries = []
-    for again in ({}, {"max-steps": 1}):
+    for again in ({}, {"max-steps": 1, "overwrite_output_dir": "true"}):
         assert cli.main(_arguments(tmp_path / "m", tmp_path, **options | again)) == 0
         summaries.append(json.loads(capfd.readouterr().out.strip().splitlines()[-1]))
     first, second = summaries

@@ -69,5 +69,7 @@ def test_fuzz(backend, record_property):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fuzz_two_thousand(backend, record_property):
-    _check(range(2000), backend, 20, record_property)
+def test_fuzz_many(backend, record_property):
+    """Triton's interpreter takes ten times as long as the `torch` backend."""
+    cases = 2000 if backend == "torch" else 400
+    _check(range(cases), backend, cases // 100, record_property)
