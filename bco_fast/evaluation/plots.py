@@ -19,6 +19,8 @@ from .run_reading import Run
 UP, DOWN, SHIFT, ONE = "#0072B2", "#D55E00", "#000000", "#009E73"
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
+FEWEST_ROWS = 12
+"""From here on rewards are drawn as a histogram."""
 MAX_POINTS = 4000
 """Dots in a scatter plot; correlations use all rows."""
 
@@ -175,6 +177,23 @@ def _classes(run: Run) -> list[tuple]:
     return [entry for entry in classes if entry[0].any()]
 
 
+def _dots(run: Run, figure: Figure, axes: Axes):
+    """Each held-out reward as a dot: of a few rows, a histogram would show nothing but its bins."""
+    for height, (mine, color, name, _, marker) in enumerate(_classes(run)):
+        values = run.rows["reward"][mine]
+        axes.scatter(
+            values, np.full(len(values), height), color=color, marker=marker, s=40, label=f"{name} ({mine.sum()})"
+        )
+    axes.set(
+        title=f"Held-out rewards at step {run.rows_step}",
+        xlabel=f"reward ({run.reward_unit})",
+        yticks=[],
+        ylim=(-1, 2.5),
+    )
+    axes.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
 def plot_histogram(run: Run):
     if run.rows is None:
         return None
@@ -184,6 +203,8 @@ def plot_histogram(run: Run):
     low, high = (low, high) if high - low > 1e-9 * room else (low - room, low + room)
     edges = np.linspace(low, high, 31)
     figure, axes = _figure()
+    if len(reward) < FEWEST_ROWS:
+        return _dots(run, figure, axes)
     for mine, color, name, hatch, _ in _classes(run):
         values = np.clip(reward[mine], low, high)
         options = {"bins": edges, "weights": np.full(len(values), 1 / len(values)), "color": color}

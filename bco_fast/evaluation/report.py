@@ -1,4 +1,4 @@
-"""Runs on one self-contained HTML page, with its plots as PNG files beside it.
+"""Runs on one self-contained HTML page, with its plots as PNG and SVG files in a folder beside it.
 
 Reads trainer_state.json (of the run's folder, or of its newest checkpoint while it is still training), run.json and
 held_out.jsonl; the page says what is left out because a run lacks it.
@@ -16,15 +16,21 @@ from pathlib import Path
 
 from ..files import atomic_path, atomic_text
 from .plots import PLOTS, compare
+from .readings import READINGS
 from .run_reading import ReportError, Run, is_finite, load_run
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1320px; margin: 1.5rem auto; padding: 0 1rem }
+:root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --soft: #555; --line: #ddd }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1320px; margin: 1.5rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child, .text { text-align: left } th { border-bottom: 2px solid #666 }
-.wide { overflow-x: auto } .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: .8rem }
-img { width: 100%; height: auto; border: 1px solid #e5e5e5 } h2 { margin-top: 2rem; overflow-wrap: anywhere } .note { color: #555 }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child, .text { text-align: left } th { border-bottom: 2px solid var(--soft) }
+.wide { overflow-x: auto } .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); gap: .8rem }
+figure { margin: 0 } figcaption { padding: .3rem .2rem } img { width: 100%; height: auto; border: 1px solid var(--line) } h2 { margin-top: 2rem; overflow-wrap: anywhere } .note, figcaption { color: var(--soft) }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #16181c; --soft: #a8adb5; --line: #3a3f47 }
+  img { filter: invert(.9) hue-rotate(180deg) }
+}
 """
 
 
@@ -34,10 +40,10 @@ def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     Args:
         folders: of runs, at least one.
         output: the page; None for report.html, in the run's folder or, for several runs, in the current one. Plots are
-            written beside it as STEM-RUN-PLOT.png.
+            written to the folder STEM_plots beside it, as RUN-PLOT.png and .svg.
 
     Returns:
-        output, runs, images (paths) and left_out (run -> notes on what is missing and why).
+        output, runs, images (paths of the PNG files) and left_out (run -> notes on what is missing and why).
 
     Raises:
         ReportError: a folder is not a run, or the page cannot be written.
@@ -82,16 +88,24 @@ def _tell_apart(runs: list[Run]) -> None:
 def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
     parts = []
     if len(runs) > 1:
-        shown = [_image(figure, output, "all", name, alt, images) for name, (figure, alt) in compare(runs).items()]
+        shown = [
+            _image(figure, output, "all", name, alt, None, images) for name, (figure, alt) in compare(runs).items()
+        ]
         parts.append(f'<div class="plots">{"".join(shown)}</div>')
     slugs: set[str] = set()
     for run in runs:
         slug = _slug(run.name, slugs)
-        figures = {name: (plot(run), f"{run.name}: {alt}") for name, (plot, alt) in PLOTS.items()}
-        shown = [_image(f, output, slug, name, alt, images) for name, (f, alt) in figures.items() if f is not None]
+        shown = []
+        for name, (plot, alt) in PLOTS.items():
+            if (figure := plot(run)) is not None:
+                reading = READINGS[name](run) if name in READINGS else None
+                shown.append(_image(figure, output, slug, name, f"{run.name}: {alt}", reading, images))
         notes = [*run.left_out, *([] if shown else ["Nothing was logged yet."])]
         notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
-        parts.append(f'<h2>{html.escape(run.name)}</h2>{notes}<div class="plots">{"".join(shown)}</div>{_options(run)}')
+        about = f'<p class="note">{html.escape(_about(run))}</p>'
+        parts.append(
+            f'<h2>{html.escape(run.name)}</h2>{about}{notes}<div class="plots">{"".join(shown)}</div>{_options(run)}'
+        )
     title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -111,27 +125,52 @@ def _slug(name: str, taken: set[str]) -> str:
     return slug
 
 
-def _image(figure, output: Path, slug: str, name: str, alt: str, images: list[Path]) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    path = output.with_name(f"{output.stem}-{slug}-{name}.png")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+def _image(figure, output: Path, slug: str, name: str, alt: str, reading: str | None, images: list[Path]) -> str:
+    folder = output.with_name(f"{output.stem}_plots")
+    folder.mkdir(exist_ok=True)
+    for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 130})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, **options)
+        path = folder / f"{slug}-{name}.{form}"
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
     images.append(path)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    caption = "" if reading is None else f"<figcaption>{html.escape(reading)}</figcaption>"
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">{caption}</figure>'
+
+
+def _about(run: Run) -> str:
+    """Model, objective, date and class counts, as far as they are known."""
+    record = run.record
+    parts = [str(record.get("model") or record.get("architecture") or "unknown model"), run.loss_type]
+    for part, name in (("train", "trained on"), ("held_out", "held out")):
+        counts = (record.get("data") or {}).get(part)
+        if isinstance(counts, dict) and all(is_finite(counts.get(side)) for side in ("up", "down")):
+            parts.append(f"{name} {counts['up']:,.0f} thumbs up and {counts['down']:,.0f} down")
+    if record.get("date"):
+        parts.append(str(record["date"]))
+    return " · ".join(parts)
+
+
+def _nats(run: Run, key: str) -> str:
+    value = run.last(key)
+    return "–" if value is None or run.nats is None else _number(value * run.nats, ".3g")
 
 
 def _table(runs: Sequence[Run]) -> str:
+    one_objective = len({run.loss_type for run in runs}) == 1  # losses of different objectives have different units
     columns = {
         "run": lambda run: run.name,
         "objective": lambda run: run.loss_type,
         "β": lambda run: _number(run.record.get("beta"), "g"),
+        "learning rate": lambda run: _number((run.record.get("options") or {}).get("learning_rate"), "g"),
+        "seed": lambda run: _number((run.record.get("options") or {}).get("seed"), "g"),
         "steps": lambda run: _number(max((line["step"] for line in run.history), default=0), ",.0f") + _of(run),
         "AUC, held out": lambda run: _number(run.last("eval_rewards/auc"), ".3f"),
         "margin, held out": lambda run: _number(run.last("eval_rewards/margins"), ".3g"),
-        "margin, training": lambda run: _number(run.last("rewards/margins"), ".3g"),
-        "loss": lambda run: _number(run.last("loss"), ".4g"),
+        "margin, nats": lambda run: _nats(run, "eval_rewards/margins"),
+        **({"loss, held out": lambda run: _number(run.last("eval_loss"), ".4g")} if one_objective else {}),
         "δ": lambda run: _number(run.last("delta"), ".3g"),
         "peak memory, MB": lambda run: _number(run.record.get("peak_memory_mb"), ",.0f"),
         "time, s": lambda run: _number(run.record.get("seconds"), ",.0f"),

@@ -201,12 +201,14 @@ def plot(report: dict, path: str | os.PathLike) -> None:
     """Histograms of the shifts by class, as shares of the class's tokens; PNG."""
     from matplotlib.figure import Figure
 
+    from .plots import DOWN, UP
+
     figure = Figure(figsize=(4.6 * len(SERIES), 3.8), layout="constrained")
     panels = figure.subplots(1, len(SERIES))
     for axes, (series, title) in zip(panels, SERIES.items(), strict=True):
         part = report["shifts"][series]
         edges = np.array(part["edges"])
-        for name, label, color in (("up", "thumbs up", "tab:green"), ("down", "thumbs down", "tab:red")):
+        for name, label, color in (("up", "thumbs up", UP), ("down", "thumbs down", DOWN)):
             if part[name] is not None:
                 counts = np.array(part[name]["histogram"])
                 coefficient = part[name]["gini"]

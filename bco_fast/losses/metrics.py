@@ -73,6 +73,19 @@ def unpaired_metrics(sums: Tensor) -> dict[str, Tensor]:
     }
 
 
+def auc_interval(auc: float, up: int, down: int) -> tuple[float, float]:
+    """95 % interval of an AUC by its normal approximation (Hanley and McNeil, Radiology 143, 1982), within [0, 1].
+
+    Args:
+        auc: in [0, 1].
+        up, down: number of completions of each class, > 0.
+    """
+    q_up, q_down = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    spread = auc * (1 - auc) + (up - 1) * (q_up - auc**2) + (down - 1) * (q_down - auc**2)
+    half = 1.96 * (spread / (up * down)) ** 0.5
+    return max(0.0, auc - half), min(1.0, auc + half)
+
+
 def auc(rewards: Tensor, labels: Tensor) -> float:
     """Probability that a thumbs up has the higher reward than a thumbs down, ties counted half; NaN with one class.
 

@@ -76,6 +76,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.trained = False
         self.start = time.perf_counter()
+        self.record["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         if state.global_step:  # resumed: times add up
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self.earlier_seconds = float(json.loads((Path(args.output_dir) / "run.json").read_text())["seconds"])

@@ -86,7 +86,9 @@ def test_the_whole_suite_runs_small_on_the_cpu(suite):
 def test_the_benchmarks_run_under_pytest_benchmark(tmp_path):
     options = ["-k", "Llama and frozen", "--benchmark-max-time=0.1", "--benchmark-min-rounds=1", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "benchmarks/", *options, f"--benchmark-json={tmp_path / 'out.json'}"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # a worker measures nothing
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }  # a worker measures nothing
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     measured = json.loads((tmp_path / "out.json").read_text())["benchmarks"]

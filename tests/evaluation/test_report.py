@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 from bco_fast import cli
 from bco_fast.evaluation import plots, run_reading
 from bco_fast.evaluation.plots import PLOTS, correlation
+from bco_fast.evaluation.readings import READINGS
 from bco_fast.evaluation.report import _slug, _tell_apart, write_report
 from bco_fast.evaluation.run_reading import ReportError, Run, load_run
 from bco_fast.losses import OBJECTIVES
 from bco_fast.losses.metrics import auc as exact_auc
+from bco_fast.losses.metrics import auc_interval
 from bco_fast.training.config import FeedbackConfig
 from bco_fast.training.model_card import SOURCES, model_card
 from bco_fast.training.record import public, public_options
@@ -278,7 +280,15 @@ def test_the_page_is_self_contained_and_its_plots_lie_beside_it(run, tmp_path, c
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data) == Path(path).read_bytes()
         assert base64.b64decode(data).startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"page.html", *(f"page-run-{name}.png" for name in PLOTS)}
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "page_plots"}
+    files = {f"run-{name}.{form}" for name in PLOTS for form in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "page_plots").iterdir()} == files
+    record = json.loads((run / "run.json").read_text())
+    counts = record["data"]["train"]
+    about = f"bco · trained on {counts['up']} thumbs up and {counts['down']} down"
+    assert about in " ".join(page.text)
+    assert record["date"] in " ".join(page.text)
+    assert page.tags.count("figcaption") >= 5
     assert summary["left_out"] == {}
 
 
@@ -288,13 +298,74 @@ def test_the_table_says_what_the_log_says(run, paired, tmp_path):
     cells = _Page((tmp_path / "r.html").read_text()).cells
     for folder, objective in ((run, "bco"), (paired, "simpo")):
         name = f"{folder.parent.name}/run"  # both folders are called run
-        row = cells[cells.index(name) :][:12]
+        row = cells[cells.index(name) :][:13]
         assert row[1] == objective
-        assert row[3] == "6 of 6"
-        assert row[4] == f"{_last(folder, 'eval_rewards/auc'):.3f}"
-        assert row[5] == f"{_last(folder, 'eval_rewards/margins'):.3g}"
+        assert row[5] == "6 of 6"
+        assert row[6] == f"{_last(folder, 'eval_rewards/auc'):.3f}"
+        assert row[7] == f"{_last(folder, 'eval_rewards/margins'):.3g}"
         record = json.loads((folder / "run.json").read_text())
-        assert row[9:11] == [f"{record['peak_memory_mb']:,.0f}", f"{record['seconds']:,.0f}"]
+        assert row[10:12] == [f"{record['peak_memory_mb']:,.0f}", f"{record['seconds']:,.0f}"]
+
+
+def _read(name, rows=None, record=None, **series):
+    history = [
+        {"step": 10 * (i + 1), **dict(zip(series, values, strict=True))}
+        for i, values in enumerate(zip(*series.values(), strict=True))
+    ]
+    columns = (
+        None
+        if rows is None
+        else {
+            name: np.array(column)
+            for name, column in zip(("label", "reward", "tokens"), zip(*rows, strict=True), strict=True)
+        }
+    )
+    run = Run(Path(), "run", history, {"beta": 0.1, "reference": True, "loss_type": "bco"} | (record or {}), columns)
+    return READINGS[name](run)
+
+
+def test_a_sentence_reads_each_plot():
+    assert (
+        _read("loss", eval_loss=[0.7, 0.3, 0.6])
+        == "Held-out loss was lowest at step 20 (0.3) and is 0.6 now: what came after memorizes."
+    )
+    assert _read("loss", eval_loss=[0.7, 0.5, 0.3]) == "Held-out loss fell from 0.7 to 0.3."
+    assert _read("loss", loss=[0.7, 0.69]) == "The training loss stayed near 0.69."
+    assert "0.25 of that of the training batches: the rest is memorized" in _read(
+        "margins", **{"rewards/margins": [4.0], "eval_rewards/margins": [1.0]}
+    )
+    assert "no higher reward" in _read("margins", **{"rewards/margins": [4.0], "eval_rewards/margins": [-1.0]})
+    counts = {"data": {"held_out": {"up": 10, "down": 10}}}
+    assert _read("ranking", record=counts, **{"eval_rewards/auc": [0.6]}).endswith("That includes chance.")
+    assert "chance" not in _read("ranking", record=counts, **{"eval_rewards/auc": [0.95]})
+    assert "outside" in _read("delta", delta=[3.0], **{"rewards/chosen": [1.0], "rewards/rejected": [-1.0]})
+    assert "between" in _read("delta", delta=[0.5], **{"rewards/chosen": [1.0], "rewards/rejected": [-1.0]})
+    assert "(-10 and -20 nats)" in _read("log_ratio", **{"rewards/chosen": [-1.0], "rewards/rejected": [-2.0]})
+    rows = [(True, 1.0, 5), (True, 2.0, 9), (False, -1.0, 2), (False, 0.5, 4)]
+    assert _read("rewards", rows) == "100% of thumbs up lie above 0, and 50% of thumbs down below."
+    assert "long completions are favoured" in _read("length", rows)
+    assert "short completions are favoured" in _read("length", [(up, -reward, tokens) for up, reward, tokens in rows])
+    assert "hardly" in _read("length", [(True, 1.0, 5), (True, -1.0, 5), (False, 1.0, 7), (False, -1.0, 7)])
+
+
+def test_nothing_is_read_from_nothing():
+    assert [_read(name, [(True, 0.0, 1)]) for name in READINGS if name != "rewards"] == [None] * (len(READINGS) - 1)
+
+
+def test_an_interval_of_the_auc():
+    """Where rewards say nothing it is Mann and Whitney's exact variance, (n + m + 1) / 12nm."""
+    low, high = auc_interval(0.5, 51, 58)
+    assert (high - low) / 2 == pytest.approx(1.96 * ((51 + 58 + 1) / (12 * 51 * 58)) ** 0.5, rel=1e-12)
+    assert auc_interval(1.0, 5, 5) == (1.0, 1.0)
+    assert auc_interval(0.95, 3, 3)[1] == 1.0
+
+
+def test_a_few_held_out_rows_are_dots(run, tmp_path):
+    folder = _copy(run, tmp_path)
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(run)[:3]))
+    axes = PLOTS["rewards"][0](load_run(folder)).axes[0]
+    assert sum(len(dots.get_offsets()) for dots in axes.collections) == 3
+    assert not axes.patches
 
 
 def test_an_objective_without_a_reference_has_no_log_ratio(paired, tmp_path):
