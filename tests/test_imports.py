@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,9 @@ def test_old_paths_work_and_say_where_they_went():
         assert f"bco_fast.{old.rpartition('.')[0]}" in said, old
         assert home in said, old
         assert "__main__" not in said, old
+
+
+def test_names_of_transformers_5_have_no_place_where_4_is_allowed():
+    """`make test-oldest` runs them all; this is what slips in most easily. `PretrainedConfig` is known to both."""
+    newer = re.compile(r"\b(PreTrainedConfig|is_flash_attention_requested)\b")
+    assert not [path.name for path in PACKAGE.rglob("*.py") if newer.search(path.read_text())]

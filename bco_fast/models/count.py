@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
 from ..head.tiling import CPU_TILE_BYTES
 from .attention import PREFIX
@@ -153,7 +153,7 @@ class _Trace:
 
 
 def count_step(
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     options: FeedbackConfig | Namespace,
     tokens: int,
     *,
@@ -204,7 +204,7 @@ def _fullest(trace: _Trace, layers: int, accumulated: bool) -> Memory:
 
 
 def small_model(
-    config: PreTrainedConfig, options: FeedbackConfig | Namespace, device: str, peft_config=None, layers: int = LAYERS
+    config: PretrainedConfig, options: FeedbackConfig | Namespace, device: str, peft_config=None, layers: int = LAYERS
 ) -> nn.Module:
     """A model of that config with few layers, prepared as training would, on the meta device."""
     config = copy.deepcopy(config)
@@ -249,7 +249,7 @@ def _to_fake(model: nn.Module) -> None:
             own.update({name: fake(tensor) for name, tensor in own.items() if tensor is not None})
 
 
-def weights_dtype(config: PreTrainedConfig, options: FeedbackConfig | Namespace) -> torch.dtype:
+def weights_dtype(config: PretrainedConfig, options: FeedbackConfig | Namespace) -> torch.dtype:
     """Of a model that `load_model` loads."""
     if options.model_dtype != "auto":
         return getattr(torch, options.model_dtype)

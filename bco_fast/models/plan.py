@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 from .count import Memory, checkpointed, count_step
 
@@ -71,7 +71,7 @@ def with_all(options: FeedbackConfig | Namespace):
 
 
 def stages(
-    config: PreTrainedConfig, options: FeedbackConfig | Namespace, tokens: int, budget: float, **where
+    config: PretrainedConfig, options: FeedbackConfig | Namespace, tokens: int, budget: float, **where
 ) -> Iterator[tuple[Stage, object]]:
     """Turn on switches, one after another, until a step fits into `budget` bytes or none is left.
 
@@ -92,7 +92,7 @@ def stages(
             yield Stage(switch, memory), options
 
 
-def longest(config: PreTrainedConfig, options: FeedbackConfig | Namespace, budget: float, **where) -> int:
+def longest(config: PretrainedConfig, options: FeedbackConfig | Namespace, budget: float, **where) -> int:
     """The longest context, in tokens, of which a step fits into `budget` bytes; 0 where none does.
 
     Memory grows with the tokens, almost along a line, so the line through two counts leads to the next guess.
