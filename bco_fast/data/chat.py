@@ -122,6 +122,36 @@ def as_tools(value) -> tuple[dict, ...] | None:
     return tuple(value) or None
 
 
+OURS = (
+    "conversation",
+    "messages",
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
+"""Arguments of `apply_chat_template` that a row may not set."""
+
+
+def as_variables(value) -> dict | None:
+    """Variables for the template, such as `enable_thinking`: a JSON object, or a string of it. None in it means: not given."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"chat_template_kwargs is not JSON ({error})") from None
+    if not value:
+        return None
+    if not isinstance(value, Mapping):
+        raise RowError("chat_template_kwargs must be an object of the template's variables")
+    for name in OURS:
+        if name in value:
+            raise RowError(f"chat_template_kwargs sets {name}, which is not the row's to choose")
+    _check_json(value, "chat_template_kwargs")
+    return {name: setting for name, setting in value.items() if setting is not None} or None
+
+
 def _check_json(value, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -186,18 +216,24 @@ class ChatEncoder:
         self.left_out: Counter[str] = Counter()
         """Rows whose prompt the template does not render in full: by role, and "tools"."""
 
-    def render(self, prompt: Sequence[Message], completions: Sequence[Message], tools) -> Rendering:
+    def render(
+        self, prompt: Sequence[Message], completions: Sequence[Message], tools, variables: Mapping | None = None
+    ) -> Rendering:
         """
+        Args:
+            variables: for the template (`as_variables`).
+
         Raises:
             RowError: the template refuses the conversation, leaves out the completion, or renders the prompt differently
                 inside the conversation.
         """
         literals, (prompt, completions, tools) = self._mark((list(prompt), list(completions), tools))
-        before = self._apply(prompt, tools, add_generation_prompt=True)
+        given = variables or {}
+        before = self._apply(prompt, tools, add_generation_prompt=True, **given)
         self.left_out.update(_left_out(before, prompt, tools))
         parts = []
         for completion in completions:
-            whole = self._apply([*prompt, completion], tools)
+            whole = self._apply([*prompt, completion], tools, **given)
             if not whole.startswith(before):
                 shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
                 raise RowError(

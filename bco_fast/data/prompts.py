@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from .chat import ChatEncoder, Message, as_messages, as_tools
+from .chat import ChatEncoder, Message, as_messages, as_tools, as_variables
 from .rows import BadRows, as_text, refuse_media
 from .sources import FeedbackError, RowError, as_record, open_source, shortened
 from .tokenizer import open_ids, warn_of_control_texts
@@ -28,8 +28,8 @@ def read_prompts(
         source: a file (JSON Lines, a JSON array, CSV, Parquet), a name on the Hub, or an iterable. A record is a string,
             chat messages, or an object with `prompt`, AlpacaEval's `instruction`, Arena-Hard's `turns` or WildBench's
             `conversation_input`. In online training
-            the further columns reach the reward; the chat template reads `tools`. Prompts are all strings or all chats, and
-            a chat does not end with the assistant, whose turn it is.
+            the further columns reach the reward; the chat template reads `tools` and `chat_template_kwargs`. Prompts are all
+            strings or all chats, and a chat does not end with the assistant, whose turn it is.
         turns: MT-Bench's records with several `turns` are allowed; such a row's prompt is the first, and it keeps `turns`.
 
     Raises:
@@ -48,6 +48,7 @@ def read_prompts(
                 raise RowError(f"none of the columns {', '.join(TEXTS)} (found: {shortened(record)})")
             if is_chat(prompt):
                 as_tools(record.get("tools"))
+                as_variables(record.get("chat_template_kwargs"))
             kept = {column: value for column, value in record.items() if column != name}
             rows.append({"prompt": prompt} | kept | ({"turns": asked} if several else {}))
             if is_chat(prompt) is not is_chat(rows[0]["prompt"]):
@@ -117,7 +118,11 @@ def prompt_ids(rows: Sequence[Mapping], tokenizer) -> list[list[int]]:
         encoder, renderings = ChatEncoder(tokenizer), []
         for number, row in enumerate(rows):
             try:
-                renderings.append(encoder.render(row["prompt"], [], as_tools(row.get("tools"))))
+                renderings.append(
+                    encoder.render(
+                        row["prompt"], [], as_tools(row.get("tools")), as_variables(row.get("chat_template_kwargs"))
+                    )
+                )
             except RowError as error:
                 raise FeedbackError(f"row {number}: {error}") from None
         encoder.warn()

@@ -6,8 +6,8 @@
     {"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}
     {"messages": [{"role": "user", ...}, {"role": "assistant", ..., "label": true}, ...]}       a thumb on each turn, `turns`
 
-A prompt or completion is a string or chat messages. `weight` (>= 0, default 1) multiplies the row's cost, `tools` is
-passed to the chat template, `kto_tag` is the label where there is no `label`. A row with images, video or audio is refused;
+A prompt or completion is a string or chat messages. `weight` (>= 0, default 1) multiplies the row's cost, `tools` and
+the variables in `chat_template_kwargs` are passed to the chat template, `kto_tag` is the label where there is no `label`. A row with images, video or audio is refused;
 other columns are ignored.
 """
 
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .chat import Message, as_tools, conversation
+from .chat import Message, as_tools, as_variables, conversation
 from .sources import FeedbackError, RowError, as_record, one_line, open_source, shortened
 from .turns import split_turns
 
@@ -42,6 +42,7 @@ COLUMNS = (
     "score",
     "weight",
     "tools",
+    "chat_template_kwargs",
 )
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -71,6 +72,8 @@ class FeedbackRow:
     tools: tuple[dict, ...] | None = None
     group: str = ""
     """Equal for the judged turns of one chat, empty for other rows."""
+    template_variables: dict | None = None
+    """Of a chat, what its chat template reads beside messages and tools."""
 
     @property
     def completion(self) -> str | Message:
@@ -250,7 +253,9 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     score = _score(record["score"], needs, scale) if scored else math.nan
     label = True if pair or unlabelled else score > 0.5 if scored else label_of(record)
     tools = as_tools(record.get("tools")) if chat else None
-    return FeedbackRow(prompt, completions, label, weight_of(record), where, score, tools, record.get("group", ""))
+    variables = as_variables(record.get("chat_template_kwargs")) if chat else None
+    weight, group = weight_of(record), record.get("group", "")
+    return FeedbackRow(prompt, completions, label, weight, where, score, tools, group, variables)
 
 
 def _score(score, needs: Needs, scale: tuple[float, float]) -> float:

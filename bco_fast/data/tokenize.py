@@ -62,7 +62,7 @@ class _Encoder:
     def _render(self, row: FeedbackRow) -> Rendering | RowError:
         self._chat = self._chat or ChatEncoder(self.tokenizer)
         try:
-            return self._chat.render(row.prompt, row.completions, row.tools)
+            return self._chat.render(row.prompt, row.completions, row.tools, row.template_variables)
         except RowError as error:
             return error
 

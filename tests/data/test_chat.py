@@ -55,6 +55,27 @@ def test_token_ids_of_chats_stay_as_they_were():
     assert hashlib.blake2b(keys, digest_size=16).hexdigest() == "5d2537418653290a2b37890352047eda"
 
 
+def test_a_row_gives_its_template_variables():
+    asking = _tokenizer("{% if not brief %}<|im_start|>system\nTake your time.<|im_end|>\n{% endif %}" + CHATML)
+    row = {"prompt": [USER], "completion": [FOUR], "label": True}
+    long, brief, as_text, nothing = load_feedback(
+        [
+            row,
+            row | {"chat_template_kwargs": {"brief": True, "other": None}},
+            row | {"chat_template_kwargs": '{"brief": true}'},
+            row | {"chat_template_kwargs": {"brief": None}},
+        ],
+        asking,
+    ).examples
+    assert "Take your time." in asking.decode(long.input_ids)
+    assert "Take your time." not in asking.decode(brief.input_ids)
+    assert as_text.key == brief.key
+    assert nothing.key == long.key
+    for wrong, reason in (("{", "is not JSON"), ([1], "must be an object"), ({"tools": []}, "sets tools")):
+        with pytest.raises(FeedbackError, match=f"chat_template_kwargs {reason}"):
+            load_feedback([row | {"chat_template_kwargs": wrong}], asking)
+
+
 SAME = {
     "messages on both sides": {"prompt": [USER], "completion": [FOUR]},
     "one column of messages": {"messages": [USER, FOUR]},
