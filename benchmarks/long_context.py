@@ -8,7 +8,7 @@ A trial is a process of its own: two optimizer steps on one sequence of T tokens
 checkpointing on, batches of one, the reference precomputed. On the CPU it must stay within a budget of resident memory
 beyond what the imported libraries take, and is stopped when it does not; on a GPU it must not run out of memory. "PyTorch
 that stores the logits" is the same model and loss with `log_softmax` of the logits of the completion. Lengths are found
-to within a tenth. Predictions add up tensors (`predicted_bytes`) and are marked as predicted; tests/benchmarks/test_benchmarks.py
+to within a tenth. Predictions add up tensors (`counted`) and are marked as predicted; tests/benchmarks/test_benchmarks.py
 holds the one for the small model against its measured rows.
 """
 
@@ -23,10 +23,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import RESULTS, Worker, peak_rss, peers_python, reset_peak_rss, save, say, table
 from contenders import described
 from counts import MODELS, Model
+
+if TYPE_CHECKING:
+    from bco_fast.models.count import Memory
 
 CPU_SHAPE, CPU_BUDGET_MB = "small", 192
 SHAPES = {CPU_SHAPE: Model(128, 32000, 4, 2, 2, 64, 344)} | MODELS
@@ -49,88 +53,10 @@ START = {"cpu": 128, "cuda": 2048}
 # ---- counted bytes
 
 
-def predicted_bytes(
-    shape: Model,
-    tokens: int,
-    *,
-    lora: bool,
-    item: int,
-    workspace: int,
-    master: int | None = None,
-    offload: bool = False,
-) -> dict[str, int]:
-    """What a step of ours holds at its peak, in bytes, tensor by tensor.
+def llama_config(shape: Model, tokens: int, **options):
+    from transformers import LlamaConfig
 
-    item: bytes of a weight and an activation; `master`: of a trained weight, if it is kept wider than that (float32
-    beside bfloat16 computation). AdamW holds two moments of a trained weight, in its dtype, and one gradient.
-    offload: the layers' checkpoints wait in host memory, but for the one in use.
-    """
-    q, kv, trained = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.parameters()
-    master = master or item
-    if lora:
-        trained = shape.lora_parameters(LORA_RANK)
-        weights = shape.parameters() * item + trained * 4  # peft keeps adapters in float32
-        master = 4
-    else:
-        weights = trained * master
-    # one layer, computed again for its backward. Saved: of each norm its result with and without the gain, and float32
-    # input where that is another tensor; rotated q and k, v, attention's result; the residual and the sum at the end.
-    norm = 2 * item + (4 if item < 4 else 0)
-    layer = tokens * (shape.D * (2 * norm + 2 * item) + item * (2 * q + 2 * kv))
-    gradients = tokens * shape.D * (2 * item + (4 if item < 4 else 0))
-    mlp = item * min(CHUNK, tokens) * shape.intermediate * 6  # gate, up, silu, product, and two gradients
-    completion = tokens - tokens // PROMPT_SHARE
-    head = workspace + completion * shape.D * (2 * item + 4) + (0 if lora else item * shape.V * shape.D)
-    checkpoints = item * tokens * shape.D * (1 if offload else shape.layers)
-    parts = {
-        "weights": weights,
-        "gradients": trained * master,
-        "moments": 2 * trained * master,
-        "checkpoints": checkpoints,
-        "ends": item * tokens * shape.D * 3,  # embeddings, last hidden states before and after their norm
-    }
-    # the gradients of a full model are all there when the first layer is recomputed, of the head's alone at the head
-    at_head = head - (0 if lora else trained * master)
-    parts["layer_or_head"] = max(layer + gradients + mlp, at_head)
-    return parts
-
-
-def predictions(budget: float = 141e9, most: int = 1 << 21) -> list[dict]:
-    """Longest context of each shape on a GPU with this many bytes, a twentieth of them left to the allocator."""
-    rows = []
-    for name in ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3-8B"):
-        for lora in (True, False):
-            for offload in (False, True):
-                options = {"lora": lora, "item": 2, "workspace": GPU_WORKSPACE, "offload": offload}
-
-                def total(tokens: int, shape=SHAPES[name], options=options) -> int:
-                    return sum(predicted_bytes(shape, tokens, **options).values())
-
-                low, high = 0, most
-                while high - low > 1024:
-                    middle = (low + high) // 2
-                    low, high = (middle, high) if total(middle) <= 0.95 * budget else (low, middle)
-                row = {"benchmark": "long_context", "predicted": True, "shape": name, "lora": lora, "offload": offload}
-                kind = f"{'LoRA' if lora else 'full, bfloat16'}{', offloaded' if offload else ''}"
-                row["case"] = f"predicted: {name}, {kind}"
-                row |= {"budget_gb": budget / 1e9, "longest": low // 1024 * 1024}
-                at = {"256k_gb": 262144, "64k_gb": 65536}
-                row |= {key: round(total(tokens) / 1e9, 1) for key, tokens in at.items()}
-                parts = predicted_bytes(SHAPES[name], 262144, **options)
-                row["parts_at_256k_gb"] = {part: round(value / 1e9, 1) for part, value in parts.items()}
-                rows.append(row)
-    return rows
-
-
-# ---- in the process of a trial
-
-
-def build(shape: Model, tokens: int, device: str):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.V,
         hidden_size=shape.D,
         intermediate_size=shape.intermediate,
@@ -143,7 +69,129 @@ def build(shape: Model, tokens: int, device: str):
         bos_token_id=1,
         eos_token_id=0,
         pad_token_id=0,
+        **options,
     )
+
+
+def counted(shape: Model, tokens: int, *, lora: bool, device: str, **switches) -> Memory:
+    """What a step of ours holds at its fullest moment: `bco-fast plan`'s count.
+
+    In float32 on a CPU, else in bfloat16; checkpointed. switches: layer_chunk_tokens, activation_offloading.
+    """
+    from bco_fast.models.count import count_step
+
+    completion = tokens - tokens // PROMPT_SHARE
+    options = counted_options(lora, device, **switches)
+    return count_step(llama_config(shape, tokens), options, tokens, completion=completion, device=device)
+
+
+def counted_options(lora: bool, device: str, **switches) -> argparse.Namespace:
+    options = {
+        "use_peft": lora, "load_in_4bit": False, "load_in_8bit": False, "lora_r": LORA_RANK, "lora_alpha": 64, "lora_dropout": 0.0,
+        "lora_target_modules": "all-linear", "lora_modules_to_save": "", "bf16": False, "fp16": False, "optim": "adamw_torch_fused",
+        "model_dtype": "float32" if device == "cpu" else "bfloat16", "attn_implementation": None, "gradient_accumulation_steps": 1,
+        "workspace_bytes": CPU_WORKSPACE if device == "cpu" else GPU_WORKSPACE, "gradient_checkpointing": True,
+        "mlp_chunk_tokens": None, "layer_chunk_tokens": None, "activation_offloading": False,
+    }  # fmt: skip
+    return argparse.Namespace(**options | switches)
+
+
+def predictions(budget: float = 141e9) -> Iterator[dict]:
+    """Memory of each shape on a GPU with this many bytes, and the longest context, a twentieth left to the allocator."""
+    for name in ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3-8B", "Qwen3-14B"):
+        for lora in (True, False):
+            for offload in (False, True):
+                switches = {
+                    "lora": lora,
+                    "device": "cuda",
+                    "layer_chunk_tokens": 2048,
+                    "activation_offloading": offload,
+                }
+                at = {"64k": 1 << 16, "256k": 1 << 18, "1m": 1 << 20}
+                memory = {key: counted(SHAPES[name], tokens, **switches) for key, tokens in at.items()}
+                # along a line, but where a larger part of a step takes over: between the two counts that are nearest
+                left, right = ("256k", "1m") if memory["256k"].total <= 0.95 * budget else ("64k", "256k")
+                slope = (memory[right].total - memory[left].total) / (at[right] - at[left])
+                longest = at[left] + int((0.95 * budget - memory[left].total) / slope)
+                kind = f"{'LoRA' if lora else 'full, bfloat16'}{', offloaded' if offload else ''}"
+                yield {
+                    "benchmark": "long_context", "predicted": True, "shape": name, "lora": lora, "offload": offload,
+                    "case": f"predicted: {name}, {kind}", "budget_gb": budget / 1e9,
+                    "longest": max(0, longest) // 1024 * 1024,
+                    **{f"{key}_gb": round(found.total / 1e9, 1) for key, found in memory.items()},
+                    "1m_host_gb": round(memory["1m"].host / 1e9, 1),
+                    "kb_a_token": round(slope / 1024, 1),
+                    "parts_at_1m_gb": {part: round(size / 1e9, 1) for part, size in memory["1m"].parts.items()},
+                }  # fmt: skip
+
+
+# ---- what each switch saves and costs
+
+SWITCHES = {
+    "nothing": {},
+    "checkpoints": {"gradient_checkpointing": True},
+    "checkpoints, MLPs in tiles": {"gradient_checkpointing": True, "mlp_chunk_tokens": 512},
+    "checkpoints, layers in tiles": {"gradient_checkpointing": True, "layer_chunk_tokens": 512},
+}
+
+
+def switch_rows(tokens: int = 4096, repeats: int = 3) -> list[dict]:
+    """Processor time of a LoRA micro-batch with each switch, the switches taking turns, and its counted memory."""
+    import statistics
+
+    import torch
+
+    from bco_fast.models.load import add_adapter
+    from bco_fast.models.memory import free_embeddings
+    from bco_fast.models.patch import patch_model
+    from bco_fast.models.tiles import tile_layers, tile_mlps
+
+    shape = replace(SHAPES[CPU_SHAPE], V=4000)
+    ids = torch.randint(2, shape.V, (1, tokens))
+    rows = torch.arange(tokens // PROMPT_SHARE, tokens - 1)
+    models = {}
+    for name, switches in SWITCHES.items():
+        adapter = lora_config()
+        model = patch_model(add_adapter(build(shape, tokens, "cpu"), counted_options(True, "cpu"), adapter, quiet=True))
+        if "mlp_chunk_tokens" in switches:
+            tile_mlps(model, switches["mlp_chunk_tokens"])
+        if "layer_chunk_tokens" in switches:
+            tile_layers(model, switches["layer_chunk_tokens"])
+        if switches:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            free_embeddings(model)
+        models[name] = model.train()
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + 1):
+        for name, model in models.items():
+            start = time.process_time()
+            model(input_ids=ids, logp_targets=ids[0, rows + 1], logp_rows=rows, use_cache=False).logits.sum().backward()
+            if turn:
+                times[name].append(time.process_time() - start)
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    made = []
+    for name, switches in SWITCHES.items():
+        memory = counted(shape, tokens, lora=True, device="cpu", **{"gradient_checkpointing": False} | switches)
+        own = memory.parts["checkpoints"] + memory.parts[memory.moment]
+        made.append(
+            {
+                "benchmark": "long_context", "predicted": False, "switch": name, "case": f"switch: {name}", "tokens": tokens,
+                "cpu_s": round(seconds[name], 3), "time_ratio": round(seconds[name] / seconds["nothing"], 2),
+                "kb_a_token": round(own / tokens / 1024, 1),
+            }
+        )  # fmt: skip
+    return made
+
+
+# ---- in the process of a trial
+
+
+def build(shape: Model, tokens: int, device: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = llama_config(shape, tokens)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
 
@@ -185,10 +233,8 @@ def ours(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
     from bco_fast.data.dataset import Example, FeedbackDataset
 
     tokens = sum(map(len, rows[0]))
-    options = options_of(folder, tokens, device)
-    del options["train_sampling_strategy"]  # refused: FeedbackTrainer's own options decide the order of the rows
     config = FeedbackConfig(
-        **options,
+        **options_of(folder, tokens, device),
         cache_dir=str(folder / "cache"),
         use_peft=lora,
         layer_chunk_tokens=CHUNK,
@@ -356,7 +402,6 @@ def longest(job: dict, folder: Path, limit_s: float, start: int, most: int) -> d
 def measure(options: argparse.Namespace, device: str, folder: Path) -> Iterator[dict]:
     shape = SHAPES[options.shape]
     budget = options.budget_mb * 1e6
-    item, workspace = (4, CPU_WORKSPACE) if device == "cpu" else (2, GPU_WORKSPACE)
     for case in options.case or CASES:
         kind, lora, _ = CASES[case]
         job = {"case": case, "shape": options.shape, "device": device, "budget": budget}
@@ -368,8 +413,9 @@ def measure(options: argparse.Namespace, device: str, folder: Path) -> Iterator[
         except (OSError, RuntimeError) as error:
             row["error"] = str(error).strip().splitlines()[-1][:240]
         if kind == "ours" and row.get("longest"):
-            parts = predicted_bytes(shape, row["longest"], lora=lora, item=item, workspace=workspace)
-            row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
+            row["switches"] = {"layer_chunk_tokens": CHUNK}
+            memory = counted(shape, row["longest"], lora=lora, device=device, **row["switches"])
+            row["predicted_mb"] = round(memory.total / 1e6, 1)
         yield row
 
 
@@ -381,6 +427,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=120.0, help="a trial that takes longer counts as too long")
     parser.add_argument("--most", type=int, default=1 << 20, help="tokens; look no further")
     parser.add_argument("--predict", action="store_true", help="only the table of predictions")
+    parser.add_argument("--switches", action="store_true", help="only the time and memory of each switch, on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -391,8 +438,8 @@ def main() -> None:
         except Exception as error:  # whatever a peer raises is its row
             sys.exit(described(error))
         return
-    rows = predictions()
-    if not options.predict:
+    rows = switch_rows() if options.switches else list(predictions())
+    if not options.predict and not options.switches:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -411,7 +458,12 @@ def main() -> None:
                 save("long_context", [row], folder=options.out, keys=("case",))
                 rows.append(row)
     print(save("long_context", rows, folder=options.out, keys=("case",)))
-    print(table(rows, ["case", "longest", "peak_mb", "predicted_mb", "seconds", "256k_gb", "64k_gb", "error"]))
+    print(
+        table(
+            rows,
+            ["case", "longest", "peak_mb", "predicted_mb", "256k_gb", "1m_gb", "kb_a_token", "time_ratio", "error"],
+        )
+    )
 
 
 if __name__ == "__main__":

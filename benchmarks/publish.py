@@ -141,7 +141,8 @@ def step_section() -> Iterator[str]:
 
 def context_section() -> Iterator[str]:
     rows = rows_of("long_context")
-    measured, predicted = ([r for r in rows if r["predicted"] is kind] for kind in (False, True))
+    switches = [r for r in rows if "switch" in r]
+    measured, predicted = ([r for r in rows if r["predicted"] is kind and "switch" not in r] for kind in (False, True))
     measured.sort(key=lambda r: list(CASES).index(r["case"].partition(", ")[2]))
     shape = measured[0]
     yield "## Longest context that fits"
@@ -165,14 +166,25 @@ def context_section() -> Iterator[str]:
     yield ""
     yield (
         f"Predicted, **not measured**, for a GPU with {predicted[0]['budget_gb']:.0f} GB in bfloat16, with a twentieth of the "
-        "memory reserved for the allocator. Offloaded: activation checkpoints are kept in host memory."
+        "memory reserved for the allocator: gradient checkpointing, `layer_chunk_tokens` 2048, rank-32 LoRA. Offloaded: activation "
+        "checkpoints are kept in host memory, the last column at 1M tokens."
     )
     yield ""
     body = [
-        [r["case"].removeprefix("predicted: "), f"{r['longest'] // 1024}k", f"{r['64k_gb']} GB", f"{r['256k_gb']} GB"]
+        [r["case"].removeprefix("predicted: "), f"{r['longest'] // 1024}k"]
+        + [f"{r[at]} GB" for at in ("64k_gb", "256k_gb", "1m_gb", "1m_host_gb")]
         for r in predicted
     ]
-    yield from markdown(["", "tokens that fit", "at 64k tokens", "at 256k tokens"], body)
+    header = ["", "tokens that fit", "at 64k tokens", "at 256k tokens", "at 1M tokens", "host memory"]
+    yield from markdown(header, body)
+    yield ""
+    yield (
+        f"What each switch costs and leaves: a LoRA micro-batch of {switches[0]['tokens']} tokens on the CPU, processor time relative "
+        "to no switch, the switches taking turns; activations at the fullest moment, counted."
+    )
+    yield ""
+    body = [[r["switch"], f"{r['time_ratio']:.2f}", f"{r['kb_a_token']:.1f} KB"] for r in switches]
+    yield from markdown(["", "time", "memory a token"], body)
     yield ""
 
 

@@ -119,3 +119,20 @@ def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda **_: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
         run(trainer, None)
+
+
+@pytest.mark.slow
+def test_auto_trains_the_same_adapter(tmp_path, monkeypatch):
+    losses = []
+    for choice in ("off", "auto"):
+        monkeypatch.setattr(memory_watch, "usable_bytes", lambda device: 0.0)
+        monkeypatch.setitem(vars(plan.SWITCHES[1]), "value", 7)  # tokens, so that rows of 20 have tiles
+        options = {"use_peft": True, "lora_r": 4, "per_device_train_batch_size": 2, "long_context": choice}
+        trainer = small_runs.trainer(tmp_path / choice, **options)
+        trainer.train()
+        assert trainer.args.layer_chunk_tokens == (7 if choice == "auto" else None)
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        embeddings = trainer.model.get_input_embeddings()
+        assert not embeddings(torch.zeros(1, 1, dtype=torch.int64)).requires_grad
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(set(losses[0])) > 1
