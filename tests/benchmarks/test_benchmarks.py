@@ -136,3 +136,19 @@ def test_predicted_memory_is_near_the_measured_one():
         assert 1 / 1.2 < row["predicted_mb"] / row["peak_mb"] < 1.2, row["case"]
     for row in rows:
         assert row["predicted"] == row["case"].startswith("predicted: ")
+
+
+def test_the_gpus_that_a_model_needs_are_those_of_the_result():
+    import sharding
+
+    rows = json.loads((RESULTS / "sharding.json").read_text())["rows"]
+    assert sharding.markdown(rows) in (ROOT / "docs/scale.md").read_text()
+    for row in rows:
+        config, lora = sharding.MODELS[row["model"]], row["trained"] == "LoRA"
+        layer = config.hidden_size * (2 * config.num_attention_heads + 16) * 128 + 3 * config.hidden_size * config.intermediate_size  # fmt: skip
+        weights = config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size
+        state = row["rank_gb"]["1"] - row["activations_gb"]
+        assert (2e-9 if lora else 15.98e-9) * weights < state < (3e-9 if lora else 16.02e-9) * weights
+        smaller = [int(gpus) for gpus, size in row["rank_gb"].items() if size > 72]
+        assert all(gpus < (row["gpus"] or 128) for gpus in smaller)
+        assert row["activations_gb"] > 2e-9 * config.num_hidden_layers * config.hidden_size * sharding.CONTEXTS[row["context"]] or row["long"]  # fmt: skip

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import fsdp_on_cpu
@@ -40,6 +41,8 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     loss_type, shape, accumulation, lora, rows, kind = cases(name)
     with whole_weights():
         model = tiny.model()
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # rank 0 alone reads the weights, where the trainer loads them
+        model = _saved(model, Path(folder))
     torch.manual_seed(0)
     data, held_out = tiny.feedback_for(loss_type, rows), tiny.feedback_for(loss_type, 7, seed=5)
     if kind == "shared":  # a second completion of every prompt
@@ -74,6 +77,16 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     del trainer
     gc.collect()  # DDP's reducer must go before its process group
     return found
+
+
+def _saved(model, folder):
+    path = folder / "model"
+    if not path.exists() and int(os.environ.get("RANK", "0")) == 0:
+        model.save_pretrained(folder / "being written")
+        (folder / "being written").rename(path)
+    while not path.exists():
+        time.sleep(0.05)
+    return str(path)
 
 
 def whole(parameter):
