@@ -1,6 +1,7 @@
 """Configurations of the model families that the tests run."""
 
 import torch
+import transformers
 from tiny import TINY, build_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
@@ -8,7 +9,6 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
-    Gemma4Config,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
@@ -26,6 +26,8 @@ from transformers import (
     Qwen3Config,
     Qwen3VLConfig,
 )
+
+Gemma4Config = getattr(transformers, "Gemma4Config", None)  # transformers 4 has none
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -83,6 +85,8 @@ MULTIMODAL = {  # config, options of its language model, its vision tower, and o
         {**_TOWER, "num_key_value_heads": 2, "head_dim": 8}, {"audio_config": None, "image_token_id": 3, **_GEMMA_TOKENS},
     ),
 }  # fmt: skip
+if Gemma4Config is None:
+    del MULTIMODAL["gemma4"]
 
 
 def multimodal(family, std=0.2):
