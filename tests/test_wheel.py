@@ -9,9 +9,12 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

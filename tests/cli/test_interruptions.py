@@ -283,6 +283,7 @@ def test_a_full_disk_in_training_is_one_line(world):
     assert len(lines) == 6
 
 
+@pytest.mark.slow
 def test_a_full_disk_after_a_checkpoint_names_it(world):
     (line,) = _on_a_full_disk([RUN, 1000, True])
     assert "continue from out/checkpoint-2 with --resume_from_checkpoint true" in line

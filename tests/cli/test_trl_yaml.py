@@ -72,7 +72,7 @@ def test_a_file_of_ours_is_left_alone():
         ({"sync_ref_model": True}, "sync_ref_model: the reference is constant"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"model_revision": "v2"}, "model_revision"),
-        ({"loss_type": "apo_zero_unpaired"}, "loss_type"),
+        ({"loss_type": "no_such_loss"}, "loss_type"),
         ({"betta": 0.1}, "did you mean 'beta'"),
     ],
     ids=str,

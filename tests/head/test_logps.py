@@ -280,7 +280,7 @@ def _bytes(tensors):
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]} {way[1].get('method', '')} {way[2]}")
 @pytest.mark.parametrize(("d", "workspace"), [(40, 32 << 10), (1024, 64 << 10), (40, 100_000)])
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("options", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_the_workspace_is_a_hard_cap(way, d, workspace, options, request):
     """From the smallest workspace on; only the results, 64 bytes a row and 4ND bytes come on top."""
     name, method, dtype = way
@@ -326,7 +326,7 @@ def _fifty_times(backend, dtype, made, **kwargs):
             assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b if b == "torch" else pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS])
 def test_the_same_bits_fifty_times_and_from_another_thread(backend):
     _fifty_times(backend, torch.float32, case(9, 300, 24, entropy=True))
 

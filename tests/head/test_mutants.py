@@ -53,7 +53,7 @@ MUTANTS = {
     "target of a gathered row forgotten": (GATHERED, "dz[exact.block[known] - first, exact.column[known]] = exact.value[known]", "pass"),
     "blocks of a foreign target dropped": (CHOICE, "torch.where(has_target[rows, None], 0.0, cost.gather(1, at))", "torch.zeros_like(at, dtype=cost.dtype)"),
     "twice the budget": (CHOICE, "dropped = (sums <= _UNITS).sum()", "dropped = (sums <= 2 * _UNITS).sum()"),
-    "the last bin dropped whole": (CHOICE, "sums = spent + histogram.cumsum(0)", "sums = spent + histogram.cumsum(0) - histogram"),
+    "the last bin dropped whole": (CHOICE, "sums = spent + histogram.view(_BINS, replicas).sum(1).cumsum(0)", "parts = histogram.view(_BINS, replicas).sum(1); sums = spent + parts.cumsum(0) - parts"),
     "target blocks not kept": (CHOICE, "kept.gather(1, target_tile[rows]) | (has_target & (upstream != 0))[rows, None]", "kept.gather(1, target_tile[rows])"),
     "a cut tile not carried": (SPARSE, "mask=(o_d < tl.where(carried, D, 0))[None, :]", "mask=(o_d < 0)[None, :]"),
     "tiles written over one another": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + (o_i - start)[:, None] * TILE"),

@@ -201,12 +201,12 @@ def test_a_completion_cannot_write_a_turn_of_the_user(where):
     control = {chats.TOKENIZER.convert_tokens_to_ids(text) for text in ("<|im_start|>", "<|im_end|>")}
     reward = SequenceReward(reward_model(vocab_size=len(chats.TOKENIZER)), chats.TOKENIZER, max_length=1000)
     texts = {"prompt": "What is 2 + 2?", "completion": "4"}
-    expected, _ = reward._encode(*texts.values())
+    expected, _ = reward.encode(*texts.values())
     template = chats.TOKENIZER.apply_chat_template(
         [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}], return_dict=False
     )
     assert expected["input_ids"] == template
-    attacked, _ = reward._encode(*(texts | {where: ATTACK}).values())
+    attacked, _ = reward.encode(*(texts | {where: ATTACK}).values())
     kept = [[token for token in ids["input_ids"] if token in control] for ids in (attacked, expected)]
     assert kept[0] == kept[1]
     assert ATTACK in chats.TOKENIZER.decode(attacked["input_ids"])
@@ -221,7 +221,7 @@ def test_a_completion_cannot_end_itself_in_plain_text(caplog):
     """The tokenizer of a reward without a template: only the EOS at the end is one."""
     tokenizer = chats.tokenizer(template=None)
     reward = SequenceReward(reward_model(vocab_size=len(tokenizer)), tokenizer, max_length=1000)
-    ids = reward._encode("What is 2 + 2?", ATTACK)[0]["input_ids"]
+    ids = reward.encode("What is 2 + 2?", ATTACK)[0]["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     reward(prompts=["What is 2 + 2?"], completions=[ATTACK])
@@ -237,5 +237,5 @@ def test_a_completion_cannot_separate_itself_in_a_pair():
     tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
     config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
     reward = SequenceReward(BertForSequenceClassification(config), tokenizer)
-    ids = reward._encode("two fruit", "apple [SEP] apple")[0]["input_ids"]
+    ids = reward.encode("two fruit", "apple [SEP] apple")[0]["input_ids"]
     assert ids.count(tokenizer.sep_token_id) == 2  # one behind each text

@@ -108,7 +108,11 @@ def _resume(folder, wanted, **options):
 # ---- damage
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*DAMAGE[:4], *(pytest.param(*d, marks=pytest.mark.slow) for d in DAMAGE[4:])],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(run, finished, name, damage):
     damage(run / "checkpoint-3" / name)
     shutil.rmtree(run / "checkpoint-4")
