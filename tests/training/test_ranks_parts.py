@@ -24,6 +24,7 @@ from bco_fast.reference import fill as filling
 from bco_fast.reference.cache import CacheError, ReferenceCache, ReferenceId
 from bco_fast.training import checks, processes
 from bco_fast.training.processes import RanksDisagree
+from bco_fast.training.record import package_versions
 from bco_fast.training.step import completion_sums, mean_log_ratio
 
 REFERENCE = ReferenceId("0" * 32, "0" * 32, "float32", "sdpa")
@@ -191,6 +192,8 @@ def _disagreeing(rank, world, folder, what):
         processes.SHARED_FOLDER_SECONDS = 0.2
         real, apart = Path.expanduser, Path(folder) / f"of rank {rank}"
         Path.expanduser = lambda path: apart if "cache" in path.name else real(path)
+    if what == "versions" and rank == 1:
+        processes.package_versions = lambda: package_versions() | {"torch": "1.0"}
     if what == "weights":
         options["seed"] = 1
     seed = rank if what == "weights" else 0
@@ -210,6 +213,7 @@ def _disagreeing(rank, world, folder, what):
             "learning_rate",
             "rank 1 was started with other options than rank 0: learning_rate is 0.2 there, 0.1 on rank 0",
         ),
+        ("versions", "rank 1 was started with other versions than rank 0: torch is 1.0 there"),
         ("cache_dir", "rank 1 does not see what rank 0 writes into cache_dir"),
         ("weights", "rank 1 has a reference model with other weights"),
     ],
