@@ -25,12 +25,13 @@ ROOMS = {
     "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
     "online": {"numpy", "torch", "transformers", "vllm"},
     "evaluation": {"httpx", "matplotlib", "numpy", "torch", "tqdm"},
-    "integrations": {"torch", "transformers", "trl"},
+    "integrations": {"axolotl", "pydantic", "torch", "transformers", "trl"},
     "cli": {"matplotlib", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"},
 }
 ONLY_THERE = {
     "triton": {"head.backends.triton", "head.backends.launching", "head.sparse.triton"},
     "liger_kernel": {"models.liger"},
+    "axolotl": {"integrations.axolotl"},
     "trl": {"integrations.trl"},
     "datasets": {"data.sources"},
     "sklearn": {"data.density_ratio", "data.embedders"},
