@@ -22,6 +22,7 @@ SHAPE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_switches_are_turned_on_in_order_until_a_step_fits(tmp_path):
     args = small_runs.config(tmp_path, max_length=8192, per_device_train_batch_size=1)
     config = LlamaConfig(**SHAPE)
