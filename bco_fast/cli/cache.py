@@ -63,7 +63,7 @@ def _parser(command: str, *, one_reference: bool = True) -> Parser:
     return parser
 
 
-_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "chat_template", "model_dtype", "attn_implementation", "trust_remote_code", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length", "max_completion_length")  # fmt: skip
+_AS_TRAIN = ("on_bad_row", "columns", "score_scale", "labels", "chat_template", "model_dtype", "attn_implementation", "trust_remote_code", "use_peft", "load_in_4bit", "load_in_8bit", "reference_tokens_per_batch", "share_prompts", "max_length", "max_prompt_length", "max_completion_length")  # fmt: skip
 """Options of `build` that are `train`'s: those that decide what the reference computes, and of which tokens."""
 
 
@@ -120,7 +120,7 @@ def build(arguments: list[str]) -> None:
     if options.max_length > (positions(model) or options.max_length):
         raise UsageError(f"--max_length is {options.max_length}, but the model has {positions(model)} positions")
     limits = {name: getattr(options, name) for name in ("max_length", "max_prompt_length")}
-    names = ("columns", "score_scale", "on_bad_row", "max_completion_length")
+    names = ("columns", "score_scale", "labels", "on_bad_row", "max_completion_length")
     reading = {name: getattr(options, name) for name in names}
     with usage_errors(ValueError, TypeError), usage_errors(FeedbackError, prefix="--data "):
         dataset = load_feedback(options.data, tokenizer, needs=objective.data, **reading, **limits)

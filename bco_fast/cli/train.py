@@ -57,7 +57,7 @@ def train(arguments: list[str]) -> dict:
     check_earlier_run(config)
     if config.cache_dir is not None and config.objective.reference:
         common.check_writable("--cache_dir", config.cache_dir)
-    reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale")}
+    reading = {name: getattr(config, name) for name in ("on_bad_row", "columns", "score_scale", "labels")}
     names = ("max_length", "max_prompt_length", "max_completion_length", "on_bad_row")
     limits = {name: getattr(config, name) for name in names}
     with common.usage_errors(ValueError):
@@ -70,12 +70,28 @@ def train(arguments: list[str]) -> dict:
             rows, held_out = split_by_prompt(rows, options.eval_fraction)
         if needs != "pairs":
             rows, held_out = unpair(rows, config.pairing_ratio), unpair(held_out)
+        if needs == "labels":
+            _check_classes(config.loss_type, rows, held_out)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
         progress = not config.disable_tqdm
         datasets = [
             tokenize_rows(part, tokenizer, progress=progress, **limits) if part else None for part in (rows, held_out)
         ]
     return run_training(model, tokenizer, config, *datasets, start=start)
+
+
+def _check_classes(loss_type: str, rows, held_out) -> None:
+    from ..data.labels import log_classes
+
+    for name, part in (("training rows", rows), ("held-out rows", held_out)):
+        if part:
+            log_classes(name, [row.label for row in part])
+    thumbs = {row.label for row in rows}
+    if len(thumbs) == 1 and loss_type != "sft":
+        only = "up" if thumbs.pop() else "down"
+        raise common.UsageError(
+            f"--data: all {len(rows)} training rows are thumbs {only}; {loss_type} compares the two"
+        )
 
 
 def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start: float) -> dict:

@@ -20,11 +20,13 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from .chat import Message, as_tools, as_variables, conversation
+from .labels import check_classes, label_column, label_of, parse_labels, short, thumb
 from .sources import FeedbackError, RowError, as_record, one_line, open_source, shortened
 from .turns import split_turns
 
@@ -50,6 +52,8 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 LARGEST_WEIGHT = 3.4028234663852886e38
 """Of float32, in which losses are weighted."""
+
+LABEL_HINT = "; labels up=VALUE,down=VALUE says what other values mean"
 
 Needs = Literal["labels", "scores", "rewards", "pairs", "texts"]
 """What is read: label; score in [0, 1]; score of any scale; chosen and rejected; or, for `shifts`, a completion, whose label may
@@ -99,13 +103,21 @@ class BadRows:
         self.hint = "; on_bad_row=skip leaves such rows out" if on_bad_row else ""
         self.count = 0
         self.first: list[str] = []
+        self.labels: Counter[bool | None] = Counter()
 
-    def add(self, where: str, reason: str | RowError) -> None:
+    def add(self, where: str, reason: str | RowError, label: bool | None = None) -> None:
         self.count += 1
+        self.labels[label] += 1
         if len(self.first) < 5:
             self.first.append(f"{where}: {one_line(reason)}")
 
-    def settle(self, good: int) -> None:
+    def settle(self, good: int, labels: Sequence[bool] | None = None) -> None:
+        """Raise or log.
+
+        Args:
+            good: rows that can be used.
+            labels: theirs, where leaving out rows must not take a class away (`check_classes`).
+        """
         if self.count and not self.skip:
             more = f" (and {self.count - 1} more bad rows)" if self.count > 1 else ""
             raise FeedbackError(f"{self.first[0]}{more}{self.hint}")
@@ -115,6 +127,8 @@ class BadRows:
             logger.warning("skipped %d bad rows in all", self.count)
         if not good:
             raise FeedbackError(f"no usable row{f': {self.first[0]}' if self.first else ''}")
+        if self.count and labels is not None:
+            check_classes(labels, self.labels, self.first[0])
 
 
 def read_rows(
@@ -124,6 +138,7 @@ def read_rows(
     on_bad_row: str = "error",
     columns: str | Mapping[str, str] | None = None,
     score_scale: str | tuple[float, float] | None = None,
+    labels: str | Mapping[str, object] | None = None,
 ) -> list[FeedbackRow]:
     """Read and validate feedback.
 
@@ -138,28 +153,46 @@ def read_rows(
             "completion=response,label=kto_tag".
         score_scale: the scores that become 0 and 1, as (1, 5) or "1,5"; scores outside are refused. For needs="scores"
             only. Default: (0, 1).
+        labels: the values of `label` that are thumbs up and down, as "up=1,down=-1" or {"up": [4, 5], "down": [1, 2],
+            "ignore": [3]}; for needs="labels" only. Default: true and false.
 
     Raises:
-        FeedbackError: the source cannot be read or has no usable row, or a row is bad and on_bad_row is "error".
+        FeedbackError: the source cannot be read or has no usable row, a row is bad and on_bad_row is "error", or leaving
+            out bad rows would take away a class or more than a tenth of it.
         ValueError: an option cannot be understood.
     """
     bad_rows = BadRows(on_bad_row)
     renamed = _columns(columns)
     scale = _scale(score_scale, needs)
+    thumbs = parse_labels(labels)
+    if thumbs and needs != "labels":
+        raise ValueError(f"labels is for objectives that read a label, not for {needs}")
+    ignored = 0
     stream = open_source(source, {*COLUMNS, *MEDIA, *renamed.values()}, renamed)
     rows: list[FeedbackRow] = []
     try:
         for where, record in stream.records:
             try:
+                known = None
                 record = _renamed(as_record(record), renamed, stream.columns)
                 refuse_media(record)
                 for turn, part in split_turns(record):
+                    name = label_column(part)
+                    if thumbs and name in part:
+                        part = {**part, name: thumb(part[name], thumbs)}
+                    if thumbs and part.get(name, True) is None:
+                        ignored += 1
+                        continue
+                    known = part.get(name)
                     rows.append(_row(part, where + turn, needs, scale, stream.columns))
             except RowError as error:
-                bad_rows.add(where, error)
+                bad_rows.add(where, error, known if isinstance(known, bool) else None)
     except OSError as error:
         raise FeedbackError(f"{source}: {error.strerror or error}") from None
-    bad_rows.settle(len(rows))
+    alone = [row.label for row in rows if len(row.completions) == 1]
+    bad_rows.settle(len(rows), alone if needs == "labels" and alone else None)
+    if ignored:
+        logger.info("%d rows are left out, because labels ignores their value", ignored)
     _warn_of_repeats(rows)
     return rows
 
@@ -240,8 +273,8 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     if not pair and isinstance(record.get("messages"), (list, tuple)) and record.get("completion") is None:
         names = ("messages",)
     chat = any(isinstance(record.get(name), (list, tuple)) for name in ("prompt", *names))
-    unlabelled = needs == "texts" and record.get(_label_column(record)) is None
-    required = [*names, *([] if pair or unlabelled else ["score" if scored else _label_column(record)])]
+    unlabelled = needs == "texts" and record.get(label_column(record)) is None
+    required = [*names, *([] if pair or unlabelled else ["score" if scored else label_column(record)])]
     if not chat or record.get("prompt") is not None:
         required.insert(0, "prompt")
     for name in required:
@@ -251,7 +284,7 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     if pair and completions[0] == completions[1]:
         raise RowError("chosen and rejected are the same")
     score = _score(record["score"], needs, scale) if scored else math.nan
-    label = True if pair or unlabelled else score > 0.5 if scored else label_of(record)
+    label = True if pair or unlabelled else score > 0.5 if scored else label_of(record, LABEL_HINT)
     tools = as_tools(record.get("tools")) if chat else None
     variables = as_variables(record.get("chat_template_kwargs")) if chat else None
     weight, group = weight_of(record), record.get("group", "")
@@ -262,7 +295,7 @@ def _score(score, needs: Needs, scale: tuple[float, float]) -> float:
     low, high = scale
     if not _is_number(score) or not low <= score <= high:
         bounds = f" in [{low:g}, {high:g}]" if needs == "scores" else ""
-        raise RowError(f"score must be a number{bounds}, not {_short(score)}{_decimal_comma(score)}")
+        raise RowError(f"score must be a number{bounds}, not {short(score)}{_decimal_comma(score)}")
     return float(score) if needs == "rewards" else (score - low) / (high - low)
 
 
@@ -299,28 +332,13 @@ def _chat(record: Mapping, names: Sequence[str]) -> tuple[tuple[Message, ...], t
     return sides[0][0], tuple([last for _, last in sides])
 
 
-def _label_column(record: Mapping) -> str:
-    return "kto_tag" if "kto_tag" in record and "label" not in record else "label"
-
-
-def label_of(record: Mapping) -> bool:
-    """Thumbs up or down, from `label` or `kto_tag`. Raises `RowError`."""
-    name = _label_column(record)
-    label, tag = record.get(name), record.get("kto_tag", record.get(name))
-    if not isinstance(label, bool):
-        raise RowError(f"{name} must be true or false, not {_short(label)}")
-    if isinstance(tag, bool) and tag is not label:
-        raise RowError(f"label is {_short(label)} and kto_tag is {_short(tag)}")
-    return label
-
-
 def weight_of(record: Mapping) -> float:
     """`weight`, 1 where there is none. Raises `RowError`."""
     weight = record.get("weight", 1.0)
     if not _is_number(weight) or weight < 0:
-        raise RowError(f"weight must be a number >= 0, not {_short(weight)}{_decimal_comma(weight)}")
+        raise RowError(f"weight must be a number >= 0, not {short(weight)}{_decimal_comma(weight)}")
     if weight > LARGEST_WEIGHT:
-        raise RowError(f"weight {_short(weight)} is infinite in float32")
+        raise RowError(f"weight {short(weight)} is infinite in float32")
     return float(weight)
 
 
@@ -333,13 +351,6 @@ def _is_number(value) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int too large for a float
         return False
-
-
-def _short(value) -> str:
-    if isinstance(value, int) and abs(value) >> 64:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unpair(rows: Iterable[FeedbackRow], pairing_ratio: float = 1.0) -> list[FeedbackRow]:

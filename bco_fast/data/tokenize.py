@@ -11,6 +11,7 @@ with it the EOS). All of it is counted and logged.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -27,6 +28,16 @@ logger = logging.getLogger("bco_fast")
 
 BLOCK_ROWS = 1024
 """Rows given to the tokenizer at once: enough to keep its threads busy, few enough that their lists stay small."""
+LOAD_OPTIONS = (
+    "max_length",
+    "max_prompt_length",
+    "max_completion_length",
+    "on_bad_row",
+    "columns",
+    "score_scale",
+    "labels",
+)
+"""Of `load_feedback`, by the names that configs give them."""
 _PROGRESS_ROWS = 10_000
 
 
@@ -51,13 +62,13 @@ class _Encoder:
         chats = self._chat.encode(good) if self._chat else iter(())
         for row, rendering in zip(rows, renderings, strict=True):
             if isinstance(rendering, RowError):
-                self.bad_rows.add(row.where, rendering)
+                self.bad_rows.add(row.where, rendering, row.label)
                 continue
             prompt, sides = next(strings if rendering is None else chats)
             if prompt and all(sides):
                 yield row, prompt, sides
             else:
-                self.bad_rows.add(row.where, f"{'completion' if prompt else 'prompt'} has no tokens")
+                self.bad_rows.add(row.where, f"{'completion' if prompt else 'prompt'} has no tokens", row.label)
 
     def _render(self, row: FeedbackRow) -> Rendering | RowError:
         self._chat = self._chat or ChatEncoder(self.tokenizer)
@@ -136,14 +147,15 @@ def tokenize_rows(
             whole = len(prompt), sum(map(len, sides))
             prompt, sides = fit(prompt, [side[:max_completion_length] for side in sides], max_length, keep_prompt)
             if not all(sides):
-                bad_rows.add(row.where, f"no completion left after truncation to {max_length} tokens")
+                bad_rows.add(row.where, f"no completion left after truncation to {max_length} tokens", row.label)
                 continue
             prompts_cut += len(prompt) < whole[0]
             completions_cut += sum(map(len, sides)) < whole[1]
             for side, label in zip(sides, (row.label, False), strict=False):
                 ids = np.array([*prompt, *side], dtype=np.int32)
                 examples.append(Example(ids, len(prompt), label, row.weight, row.score, row.group))
-    bad_rows.settle(len(examples))
+    thumbs = None if paired or any(not math.isnan(row.score) for row in rows) else [e.label for e in examples]
+    bad_rows.settle(len(examples), thumbs)
     _log_turns(examples)
     report = {
         "rows": len(examples) // (1 + paired),
@@ -212,9 +224,11 @@ def load_feedback(
     max_completion_length: int | None = None,
     on_bad_row: str = "error",
     progress: bool = True,
+    labels: str | Mapping[str, object] | None = None,
 ) -> FeedbackDataset:
     """`read_rows`, `unpair` unless the objective needs pairs, then `tokenize_rows`."""
-    rows = read_rows(source, needs=needs, on_bad_row=on_bad_row, columns=columns, score_scale=score_scale)
+    reading = {"columns": columns, "score_scale": score_scale, "labels": labels}
+    rows = read_rows(source, needs=needs, on_bad_row=on_bad_row, **reading)
     if needs != "pairs":
         rows = unpair(rows, pairing_ratio)
     return tokenize_rows(

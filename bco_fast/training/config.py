@@ -189,6 +189,9 @@ class FeedbackConfig(TrainingArguments):
         choices=["error", "skip"],
     )
     columns: str | None = _option(None, "Names of columns in the data, ours=theirs: completion=response,label=kto_tag.")
+    labels: str | None = _option(
+        None, "Values of label that are thumbs: up=1,down=-1 or up=4|5,down=1|2,ignore=3. Default: true and false."
+    )
     score_scale: str | None = _option(None, "Lowest and highest score in the data, as in 1,5. Default: 0,1.")
     cache_dir: str | None = _option(
         None, "Folder of the reference cache. Default: $BCO_FAST_CACHE, or bco_fast in the user's cache folder."

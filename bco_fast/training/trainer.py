@@ -16,7 +16,7 @@ from ..data.batch import Batch, collate
 from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import GroupedSampler, StratifiedSampler, balancing_weights, oversample
-from ..data.tokenize import load_feedback
+from ..data.tokenize import LOAD_OPTIONS, load_feedback
 from ..data.tokenizer import pad_or_eos
 from ..losses import LossOutput
 from ..models.memory import offloading
@@ -131,8 +131,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if source is None:
             return None
         if not isinstance(source, FeedbackDataset):
-            names = ("max_length", "max_prompt_length", "max_completion_length", "on_bad_row", "columns", "score_scale")
-            options |= {name: getattr(args, name) for name in names}
+            options |= {name: getattr(args, name) for name in LOAD_OPTIONS}
             source = load_feedback(source, tokenizer, needs=self.objective.data, progress=not args.disable_tqdm, **options)  # fmt: skip
         if source.paired is not self.objective.paired:
             raise ValueError(

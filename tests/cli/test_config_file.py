@@ -129,7 +129,7 @@ def test_a_recipe_trains(tmp_path, capfd):
     assert (summary["steps"], summary["held_out_rows"]) == (2, 0)
 
 
-UNITS = r"nats?\b|reward unit|per |[Tt]oken|[Bb]yte|step|Share|\[0, 1|alpha / r|Weight of|λ that multiplies|dimensions"
+UNITS = r"nats?\b|reward unit|per |[Tt]oken|[Bb]yte|step|Share|\[0, 1|alpha / r|Weight of|λ that multiplies|dimensions|Probability|Temperature"
 
 
 def test_help_says_default_and_unit_of_every_option_of_ours(capfd):

@@ -110,7 +110,7 @@ def test_bad_rows_of_an_array_are_named_and_the_others_read(tmp_path):
     path = tmp_path / "f.json"
     path.write_text(json.dumps([GOOD, {**GOOD, "label": 1}, 7, None, [], GOOD]))
     with pytest.raises(
-        FeedbackError, match=r"f\.json: row 1: label must be true or false, not 1 .*and 3 more bad rows"
+        FeedbackError, match=r"f\.json: row 1: label must be true or false, not 1; labels .*and 3 more bad rows"
     ):
         read_rows(path)
     assert [r.where for r in read_rows(path, on_bad_row="skip")] == [f"{path}: row 0", f"{path}: row 5"]
