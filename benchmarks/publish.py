@@ -214,23 +214,34 @@ def growth_section() -> Iterator[str]:
 
 
 def shared_section() -> Iterator[str]:
-    rows = [r for r in rows_of("shared_prompts") if r["case"].endswith(", shared")]
+    everything = rows_of("shared_prompts")
+    rows = [r for r in everything if r["case"].endswith(", shared")]
     yield "## Shared prompts and judged turns"
     yield ""
     yield (
         "A training step of `FeedbackTrainer` with every prompt computed once, relative to the same step with prompts repeated "
-        "(packed, without a mask of all pairs): processor time, peak memory beyond the model, and the reference's tokens per "
-        f"second. A small Llama, float32, {ran_on(rows)}."
+        "(packed, without a mask of all pairs): processor time, peak memory beyond what the process held before the first step, "
+        f"and the reference's tokens per second. BCO where no objective is named. A small Llama, float32, {ran_on(rows)}."
     )
     yield ""
     body = [
         [
             r["case"].removesuffix(", shared"),
-            *(f"{r[name]:.2f}" for name in ("time_ratio", "memory_ratio", "fill_ratio")),
+            *(f"{r[name]:.2f}" if name in r else "" for name in ("time_ratio", "memory_ratio", "fill_ratio")),
         ]
         for r in rows
     ]
     yield from markdown(["prompt + completions, tokens", "time", "memory", "reference"], body)
+    yield ""
+    peers = [r for r in everything if "trl_time_ratio" in r and not r["case"].endswith("TRL 1.16")]
+    trainers = " and ".join(f"`{name}Trainer`" for name in dict.fromkeys(r["case"].split(",")[0] for r in peers))
+    yield (
+        f"The same steps relative to TRL 1.16's {trainers} on the same rows, with TRL's reference precomputed; {ran_on(peers)}. On this CPU TRL's head scores the prompts too. KTO's mismatched completions continue the "
+        "prompts of the training pass; *apart*, they share prompts among themselves."
+    )
+    yield ""
+    body = [[r["case"], *(f"{r[f'trl_{name}_ratio']:.2f}" for name in ("time", "memory"))] for r in peers]
+    yield from markdown(["objective, prompt + completions", "time", "memory"], body)
     yield ""
 
 
