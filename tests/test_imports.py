@@ -27,6 +27,7 @@ ROOMS = {
     "evaluation": {"httpx", "matplotlib", "numpy", "torch", "tqdm"},
     "integrations": {"axolotl", "pydantic", "torch", "transformers", "trl"},
     "cli": {"matplotlib", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"},
+    "__main__": set(),
 }
 ONLY_THERE = {
     "triton": {"head.backends.triton", "head.backends.launching", "head.sparse.triton"},

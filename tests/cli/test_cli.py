@@ -1,6 +1,7 @@
 """The command line: one line of JSON at the end, one clear line and exit code 2 for what the user can mend."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,13 @@ def test_help_and_version_import_nothing_slow():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert "bco-fast shifts" in run.stdout, run.stderr
     assert run.stdout.endswith("\n|")
+
+
+def test_the_package_runs_as_a_module(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bco_fast", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("bco_fast", run_name="__main__")
+    assert capfd.readouterr().out.startswith("bco_fast ")
 
 
 @pytest.mark.slow
