@@ -5,7 +5,7 @@ STAMP := $(VENV)/.pins-$(PINS)
 RUN := $(VENV)/bin/python
 PEERS := $(basename $(notdir $(wildcard tests/peers/*.txt)))
 
-.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-oldest test-cuda lint bench claims docs clean
+.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-oldest test-cuda lint bench claims help-pages docs clean
 
 help:
 	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
@@ -102,6 +102,10 @@ bench-peers: venv venv-peers
 	$(RUN) benchmarks/publish.py
 
 # About seven minutes of one core.
+# What --help prints without importing transformers.
+help-pages: venv
+	for c in train online reward; do $(RUN) -c "from bco_fast.cli.$$c import $$c; $$c(['--help'])" > bco_fast/cli/help/$$c.txt || exit 1; done
+
 claims: venv
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/claims.py
 	$(RUN) benchmarks/claims_page.py

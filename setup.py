@@ -22,5 +22,5 @@ setup(
     # A tracked symlink bco_fast/kernels points here too; a regular package called `kernels` at the root would
     # shadow Hugging Face's package of that name, which transformers imports.
     package_dir={"bco_fast": "bco_fast", "bco_fast.kernels": "kernels"},
-    package_data={"bco_fast": ["py.typed", "__init__.pyi"]},
+    package_data={"bco_fast": ["py.typed", "__init__.pyi"], "bco_fast.cli": ["help/*.txt"]},
 )

@@ -30,7 +30,12 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("bco_fast-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"bco_fast/py.typed", "bco_fast/kernels/head_logps.py", "bco_fast/head/backends/triton.py"} <= names
+    assert {
+        "bco_fast/py.typed",
+        "bco_fast/cli/help/train.txt",
+        "bco_fast/kernels/head_logps.py",
+        "bco_fast/head/backends/triton.py",
+    } <= names
     assert not any(n.startswith(("kernels/", "tests/", "benchmarks/")) for n in names)
 
     venv.create(tmp_path / "fresh", with_pip=False)

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..files import json_numbers
 from .common import Terminated, UsageError, nearest, with_dashes, write_failure
+from .help_text import PAGES, wants_help
 
 COMMANDS = {
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
@@ -83,7 +85,7 @@ def _run(arguments: list[str]) -> int:
     logging.getLogger("bco_fast").setLevel(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"    {f'bco-fast {name} {usage}':80}{about}" for name, (usage, about) in COMMANDS.items()]
-        print("\n".join([__doc__, "", *lines, "", "`bco-fast train --help` lists every option."]))
+        print("\n".join([__doc__, "", *lines, "", "`bco-fast train --help` lists the options of a command."]))
         return 0
     if arguments[0] == "--version":
         from .. import __version__
@@ -93,6 +95,9 @@ def _run(arguments: list[str]) -> int:
     command, *rest = arguments
     if command in ("train", "online") and sys.platform == "linux":  # read when the first GPU memory is allocated
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if command in PAGES and wants_help(rest) is False:
+        print((Path(__file__).parent / "help" / f"{command}.txt").read_text(encoding="utf-8"), end="")
+        return 0
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from ..data.sources import one_line
 from .common import (
     DivergedError,
-    Help,
     Parser,
     UsageError,
     add_objective_option,
@@ -23,6 +22,7 @@ from .common import (
     write_failure,
 )
 from .config_file import read_config
+from .help_text import help_text, wants_help
 
 
 def add_run_options(parser: Parser) -> None:
@@ -47,8 +47,8 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
     from transformers import set_seed
 
     known = config_parser(config_class, parents=[own])
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(_run_help(command, about, own, required, known, config_class))
+    if (whole := wants_help(arguments)) is not None:
+        print(help_text(command, about, own, required, known, config_class, whole=whole), end="")
         raise SystemExit(0)
     path = own.parse_known_args(arguments)[0].config
     if path is not None:
@@ -89,34 +89,6 @@ def _blamed(config_class: type, values: dict, message: str) -> str:
             config_class(**values | {name: defaults[name]})
             return f"--{name} {values[name]}: "
     return ""
-
-
-def _run_help(command: str, about: str, own: Parser, required: tuple[str, ...], known: Parser, config_class) -> str:
-    from transformers import TrainingArguments
-
-    inherited = TrainingArguments.__dataclass_fields__
-    changed = {
-        name
-        for name, option in config_class.__dataclass_fields__.items()
-        if name not in inherited or option.metadata != inherited[name].metadata
-    }
-    owned = {action.dest for action in own._actions} | {"output_dir"}
-    # each option once, without the --no_ twins of those that are on
-    actions = [action for action in known._actions if not action.option_strings[0].startswith("--no_")]
-    sections = {
-        "model and data": [a for a in actions if a.dest in owned],
-        "objective, data and reference": [a for a in actions if a.dest in changed - owned],
-        "of transformers.TrainingArguments": [a for a in actions if a.dest not in changed | owned],
-    }
-    formatter = Help(f"bco-fast {command}")
-    needed = " ".join(f"--{action.dest} {action.metavar}" for action in own._actions if action.dest in required)
-    formatter.add_usage(f"bco-fast {command} {needed} --output_dir DIR [--config FILE] [--OPTION VALUE ...]", [], [])
-    formatter.add_text(f"{about} Dashes and underscores in options are the same.")
-    for title, part in sections.items():
-        formatter.start_section(title)
-        formatter.add_arguments(part)
-        formatter.end_section()
-    return formatter.format_help()
 
 
 def check_earlier_run(config) -> None:

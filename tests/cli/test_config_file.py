@@ -136,7 +136,7 @@ def test_help_says_default_and_unit_of_every_option_of_ours(capfd):
     from transformers import TrainingArguments
 
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--help-all"])
     text = capfd.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
     entries = dict(

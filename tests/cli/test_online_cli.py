@@ -105,7 +105,7 @@ def test_a_broken_reward_names_the_prompt_and_the_checkpoint(world, tmp_path, ca
 
 def test_help_names_every_option_of_the_config(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["online", "--help"])
+        cli.main(["online", "--help-all"])
     text = capsys.readouterr().out
     for name in OnlineConfig.__dataclass_fields__:
         if OnlineConfig.__dataclass_fields__[name].init and OnlineConfig.__dataclass_fields__[name].metadata:
