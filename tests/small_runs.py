@@ -7,8 +7,8 @@ import torch
 from bco_fast import FeedbackConfig, FeedbackTrainer
 
 TOKENIZER = tiny.build_tokenizer()
-# One of each kind of data and of each state: δ, z_ref, a target distribution, scores, pairs, pairs without a reference.
-FIRST = ("bco", "kto", "bnf", "una_score", "dpo", "orpo")
+# Two that keep a state, δ and z_ref, and one of pairs.
+FIRST = ("bco", "kto", "dpo")
 
 
 def slow_but(values, fast=FIRST):

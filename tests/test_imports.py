@@ -212,6 +212,7 @@ def test_public_names_exist_and_are_documented():
 OLD = ("trainer.FeedbackTrainer", "models.patch_model", "data.load_feedback", "references.reference_id", "cache.row_key", "packing.TokenBudgetSampler")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_old_paths_work_and_say_where_they_went():
     code = (
         "import importlib, json, warnings, bco_fast; warnings.simplefilter('always')\n"

@@ -19,6 +19,8 @@ from .plots import PLOTS, compare
 from .readings import READINGS
 from .run_reading import ReportError, Run, is_finite, load_run
 
+DPI = 130
+"""Of the PNG files."""
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --soft: #555; --line: #ddd }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1320px; margin: 1.5rem auto; padding: 0 1rem }
@@ -128,9 +130,10 @@ def _slug(name: str, taken: set[str]) -> str:
 def _image(figure, output: Path, slug: str, name: str, alt: str, reading: str | None, images: list[Path]) -> str:
     folder = output.with_name(f"{output.stem}_plots")
     folder.mkdir(exist_ok=True)
-    for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 130})):
+    for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, **options)
+        figure.set_layout_engine("none")  # the layout is found once
         path = folder / f"{slug}-{name}.{form}"
         with atomic_path(path) as temporary:
             temporary.write_bytes(buffer.getvalue())

@@ -22,6 +22,7 @@ def test_bench_reads_a_config_and_prints_what_is_saved(tmp_path, capfd):
     assert any(f"{16384 * 4 * config.vocab_size / 1e9:.1f} GB" in line for line in shown)
 
 
+@pytest.mark.slow
 def test_bench_sees_the_memory_of_the_logits(capfd):
     assert cli.main(["bench", "--hidden", "64", "--vocab", "20000", "--tokens", "256"]) == 0
     frozen = json.loads(capfd.readouterr().out.strip().splitlines()[-1])["frozen"]

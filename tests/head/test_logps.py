@@ -231,7 +231,7 @@ def test_leading_shapes_and_index_dtypes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("options", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_the_workspace_changes_nothing_but_rounding(backend, options):
     c = case(80, 700, 40, options=options, bias=True, entropy=True)
     wide = run(c, backend, torch.float64)

@@ -242,7 +242,14 @@ def _broken(kind):
     return reward
 
 
-@pytest.mark.parametrize(("kind", "message"), [("nan", "prompt"), ("length", "15"), ("raises", "server is gone")])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "prompt"),
+        pytest.param("length", "15", marks=pytest.mark.slow),
+        pytest.param("raises", "server is gone", marks=pytest.mark.slow),
+    ],
+)
 def test_a_broken_reward_keeps_the_round_and_the_run(tmp_path, kind, message):
     """It breaks in the second round; mended, the run resumes from the checkpoint and ends as if nothing had happened."""
     calls = []

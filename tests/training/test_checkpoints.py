@@ -138,6 +138,7 @@ def test_several_damaged_checkpoints(run, finished, name, damage, wanted):
     assert _equal(_parameters(trainer), finished[1])
 
 
+@pytest.mark.slow
 def test_the_stock_trainer_resumes_silently_wrong(run, finished):
     """What this module is for: of the same damage, missing state files pass without a word."""
     silent = []

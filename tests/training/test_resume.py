@@ -157,6 +157,7 @@ def test_resuming_the_last_step_trains_nothing(folder):
     assert _differences(_state(whole)["parameters"], _state(resumed)["parameters"]) == []
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(folder):
     """With a schedule that does not depend on the length, 3 + 3 steps are 6."""
     options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "logging_steps": 1}
@@ -169,6 +170,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(folder):
     assert _differences(_state(whole)["optimizer"], _state(longer)["optimizer"]) == []
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on(folder):
     """Resumed anywhere, the run stops where the uninterrupted one does."""
     options = {

@@ -53,6 +53,7 @@ def _path(tau: float, seed: int, steps: int = 64):
     return torch.tensor(losses), rho, starved[~moved].sum(), bound
 
 
+@pytest.mark.slow
 def test_64_steps_within_the_noise_of_two_seeds():
     dense, _, _, _ = _path(0.0, seed=0)
     other, _, _, _ = _path(0.0, seed=1)

@@ -107,7 +107,7 @@ def test_a_trainer_that_asks_otherwise_whether_the_loss_is_scaled_accumulates_al
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_resume_is_bitwise_the_uninterrupted_run(tmp_path, step):
     options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "learning_rate": 1e-3}
     whole = _trainer(tmp_path / "a", **options)
