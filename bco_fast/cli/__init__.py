@@ -18,6 +18,7 @@ from .common import Terminated, UsageError, nearest, with_dashes, write_failure
 from .help_text import PAGES, wants_help
 
 COMMANDS = {
+    "check": ("DATA --model PATH", "what is in a feedback file, and what training on it takes"),
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
     "plan": ("--model PATH --max_length N --gpu_memory GB", "what a step takes, before a GPU is rented"),
     "online": ("--model PATH --prompts FILE --reward REWARD --output_dir DIR", "align it on its own completions"),

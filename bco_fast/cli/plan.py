@@ -13,6 +13,8 @@ FIELDS = (
     "bf16", "fp16", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch", "workspace_bytes",
     "gradient_checkpointing", "layer_chunk_tokens", "mlp_chunk_tokens", "activation_offloading", "attn_implementation",
 )  # fmt: skip
+STEP = {"per_device_train_batch_size": 1, "activation_checkpointing": None, "lora_alpha": 64, "lora_dropout": 0.0}
+"""Defaults of a step that is counted, beside those of FIELDS."""
 NAMES = {"forward": "forward", "head": "the head", "layer": "one layer's recomputation", "ends": "embeddings"}
 POINTS = 5
 
@@ -29,7 +31,7 @@ def plan(arguments: list[str]) -> dict:
     parser.add_argument("--plot", metavar="FILE", help="picture of memory against context, PNG or SVG (default: none)")
     common.add_code_option(parser)
     common.add_fields(parser, FeedbackConfig, FIELDS)
-    parser.set_defaults(per_device_train_batch_size=1, activation_checkpointing=None, lora_alpha=64, lora_dropout=0.0)
+    parser.set_defaults(**STEP)
     options = parser.parse_args(arguments)
     with common.usage_errors(ValueError):
         check_numbers(options)
@@ -39,7 +41,7 @@ def plan(arguments: list[str]) -> dict:
         )
     if options.plot:
         common.check_output("--plot", options.plot)
-    config, budget = _config(options), _gpu_bytes(options.gpu_memory)
+    config, budget = model_config(options), _gpu_bytes(options.gpu_memory)
 
     from ..models.plan import USABLE, longest, stages, with_all
 
@@ -82,7 +84,8 @@ def plan(arguments: list[str]) -> dict:
     }
 
 
-def _config(options):
+def model_config(options):
+    """The config of --model, without its weights."""
     from transformers import AutoConfig
 
     from ..models.load import code_options

@@ -27,6 +27,7 @@ from typing import Literal
 
 from .chat import Message, as_tools, as_variables, conversation
 from .labels import check_classes, label_column, label_of, parse_labels, short, thumb
+from .repeats import warn_of_repeats
 from .sources import FeedbackError, RowError, as_record, one_line, open_source, shortened
 from .turns import split_turns
 
@@ -162,7 +163,7 @@ def read_rows(
         ValueError: an option cannot be understood.
     """
     bad_rows = BadRows(on_bad_row)
-    renamed = _columns(columns)
+    renamed = parse_columns(columns)
     scale = _scale(score_scale, needs)
     thumbs = parse_labels(labels)
     if thumbs and needs != "labels":
@@ -174,7 +175,7 @@ def read_rows(
         for where, record in stream.records:
             try:
                 known = None
-                record = _renamed(as_record(record), renamed, stream.columns)
+                record = with_our_names(as_record(record), renamed, stream.columns)
                 refuse_media(record)
                 for turn, part in split_turns(record):
                     name = label_column(part)
@@ -193,26 +194,8 @@ def read_rows(
     bad_rows.settle(len(rows), alone if needs == "labels" and alone else None)
     if ignored:
         logger.info("%d rows are left out, because labels ignores their value", ignored)
-    _warn_of_repeats(rows)
+    warn_of_repeats(rows)
     return rows
-
-
-def _warn_of_repeats(rows: Sequence[FeedbackRow]) -> None:
-    """Log how many rows say the same again, and how many texts have thumbs up and thumbs down."""
-    seen: dict[int, int] = {}  # hash of the text (and score) -> 1 for thumbs up, 2 for thumbs down, 3 for both
-    repeated = 0
-    for row in rows:
-        sides = (side if isinstance(side, str) else json.dumps(side, sort_keys=True) for side in row.completions)
-        text = hash((row.prompt_text, *sides, None if math.isnan(row.score) else row.score))
-        thumb = 1 if row.label or len(row.completions) == 2 else 2
-        before = seen.get(text, 0)
-        repeated += bool(before & thumb)
-        seen[text] = before | thumb
-    both = sum(thumbs == 3 for thumbs in seen.values())
-    if repeated or both:
-        logger.warning(
-            "%d rows repeat an earlier one, and %d texts have both thumbs up and thumbs down", repeated, both
-        )
 
 
 def refuse_media(record: Mapping) -> None:
@@ -223,8 +206,8 @@ def refuse_media(record: Mapping) -> None:
             raise RowError(f"the row has {name}, and bco_fast trains on text only")
 
 
-def _columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
-    """{our name: theirs}."""
+def parse_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
+    """{our name: theirs}. Raises `ValueError`."""
     pairs = list(columns.items()) if isinstance(columns, Mapping) else []
     if isinstance(columns, str):
         parts = [part.strip() for part in columns.split(",") if part.strip()]
@@ -255,7 +238,8 @@ def _scale(scale: str | tuple[float, float] | None, needs: Needs) -> tuple[float
     return low, high
 
 
-def _renamed(record: Mapping, renamed: Mapping[str, str], found: Sequence[str] | None) -> Mapping:
+def with_our_names(record: Mapping, renamed: Mapping[str, str], found: Sequence[str] | None) -> Mapping:
+    """A record with its columns renamed. Raises `RowError`."""
     for ours, theirs in renamed.items():
         if theirs not in record:
             raise RowError(f"column {theirs!r}, given as {ours}, is missing (found: {shortened(found or record)})")
