@@ -133,7 +133,7 @@ def _image(figure, output: Path, slug: str, name: str, alt: str, reading: str | 
     for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, **options)
-        figure.set_layout_engine("none")  # the layout is found once
+        figure.set_layout_engine(None)  # the layout is found once
         path = folder / f"{slug}-{name}.{form}"
         with atomic_path(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
