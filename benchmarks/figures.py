@@ -135,8 +135,8 @@ README: Rules = [
     ("A million cached rows open and are looked up in {} s.", cells("cache", "a million rows: open_and_lookup_s")),
     ("the cache works again in {} s.", cells("cache", "after a crash: recovery_s")),
     (
-        "an 8B model with LoRA at a million tokens, offloaded, needs {} GB of an H200's {} GB",
-        cells("long_context", *(f"predicted: Llama-3-8B, LoRA, offloaded: {name}" for name in ("1m_gb", "budget_gb"))),
+        "an 8B model with LoRA at a million tokens, offloaded, needs {} GB of an H200's {} GB and {} GB of host memory",
+        cells("long_context", *(f"predicted: Llama-3-8B, LoRA, offloaded: {name}" for name in ("1m_gb", "budget_gb", "1m_host_gb"))),
     ),
 ]
 
