@@ -136,7 +136,10 @@ README: Rules = [
     ("the cache works again in {} s.", cells("cache", "after a crash: recovery_s")),
     (
         "an 8B model with LoRA at a million tokens, offloaded, needs {} GB of an H200's {} GB and {} GB of host memory",
-        cells("long_context", *(f"predicted: Llama-3-8B, LoRA, offloaded: {name}" for name in ("1m_gb", "budget_gb", "1m_host_gb"))),
+        cells(
+            "long_context",
+            *(f"predicted: Llama-3-8B, LoRA, offloaded: {name}" for name in ("1m_gb", "budget_gb", "1m_host_gb")),
+        ),
     ),
 ]
 
