@@ -189,7 +189,7 @@ def test_mismatched_completions_continue_the_prompts_of_the_batch(tmp_path, opti
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_checkpointing": True}, {"use_peft": True, "lora_r": 4}, {"mlp_chunk_tokens": 5}, {"tokens_per_batch": 90}, {"padding_free": True}],
+    [{"gradient_checkpointing": True}, {"use_peft": True, "lora_r": 4}, {"mlp_chunk_tokens": 5}, {"layer_chunk_tokens": 5}, {"activation_offloading": True}, {"tokens_per_batch": 90}, {"padding_free": True}],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
 def test_it_goes_with_what_else_saves_memory(tmp_path, options):
