@@ -28,12 +28,16 @@ def generate(arguments: list[str]) -> dict:
     parser.add_argument("--batch_size", type=int, default=16, help="prompts sampled together")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument(
-        "--chat", choices=["auto", "on", "off"], default="auto", help="use the chat template; auto: if there is one"
+        "--chat",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="use the chat template; auto: as the model was trained (run.json), else if there is one",
     )
     parser.add_argument("--generator", help="the model's name in the file (default: the last part of --model)")
     add_model_options(parser)
     options = parser.parse_args(arguments)
 
+    from ..data.form import follow, trained_form
     from ..data.prompts import read_prompts
     from ..data.sources import FeedbackError
     from ..evaluation.generate import GenerationError, Sampling, check_format, generate_turns, write_completions
@@ -48,7 +52,8 @@ def generate(arguments: list[str]) -> dict:
         with usage_errors(GenerationError, prefix=f"--format {options.format}: "):
             check_format(prompts, options.format)
         model, tokenizer = load_model_and_tokenizer(options.model, options, to_accelerator=True)
-        answers = generate_turns(model, tokenizer, prompts, sampling, chat=options.chat, progress=True)
+        chat = follow(trained_form(options.model), prompts, tokenizer, options.chat)
+        answers = generate_turns(model, tokenizer, prompts, sampling, chat=chat, progress=True)
         names = {"generator": options.generator or Path(options.model).name, "dataset": Path(options.prompts).stem}
         write_completions(options.output, prompts, answers, options.format, **names)
     completions = [answer for turns in answers for answer in turns]

@@ -48,6 +48,7 @@ def online(arguments: list[str]) -> dict:
     start = time.perf_counter()
     options, config = parse(arguments)
 
+    from ..data.form import follow, trained_form
     from ..data.prompts import read_prompts
     from ..data.sources import FeedbackError
     from ..online.rewards import RewardError, load_reward
@@ -66,6 +67,7 @@ def online(arguments: list[str]) -> dict:
         with common.usage_errors(RewardError, prefix="--reward "):
             reward = load_reward(options.reward, config.trust_remote_code)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
+        follow(trained_form(options.model), prompts, tokenizer, "off")  # strings are read as text here
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts
         )

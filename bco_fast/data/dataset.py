@@ -73,6 +73,8 @@ class FeedbackDataset(torch.utils.data.Dataset):
     ref_token_logps: list[np.ndarray] | None = None
     mismatched: FeedbackDataset | None = None
     """As many examples again, each prompt with another prompt's completion."""
+    form: dict[str, str | None] = field(default_factory=dict)
+    """Of the rows (`data.form`); empty if it is unknown."""
 
     @property
     def has_reference(self) -> bool:

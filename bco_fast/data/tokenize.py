@@ -20,6 +20,7 @@ import numpy as np
 from .batch import hosts
 from .chat import ChatEncoder, Rendering
 from .dataset import Example, FeedbackDataset
+from .form import form_of
 from .rows import BadRows, FeedbackRow, Needs, read_rows, unpair
 from .sources import RowError
 from .tokenizer import open_ids, special_tokens
@@ -170,7 +171,7 @@ def tokenize_rows(
             prompts_cut, completions_cut, report["rows"],
         )  # fmt: skip
     encoder.warn()
-    return FeedbackDataset(examples, report=report, paired=paired)
+    return FeedbackDataset(examples, report=report, paired=paired, form=form_of(rows, tokenizer))
 
 
 def _log_turns(examples: Sequence[Example]) -> None:

@@ -195,7 +195,7 @@ def _describe(dataset: FeedbackDataset | None) -> dict | None:
         return None
     up = sum(example.label for example in dataset.examples)
     counts = {"rows": len(dataset), "up": up, "down": len(dataset.examples) - up, "pairs": dataset.paired}
-    return counts | {name: n for name, n in dataset.report.items() if name != "rows"}
+    return counts | {name: n for name, n in dataset.report.items() if name != "rows"} | dataset.form
 
 
 def _describe_model(model: nn.Module) -> dict:
