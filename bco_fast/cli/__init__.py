@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": ("[--output_dir DIR]", "the whole method on a tiny model, in half a minute"),
     "convert": ("--data FILE --recipe NAME --to KIND --output FILE", "a public dataset as feedback"),
     "udm": ("--data FILE --embedder tfidf --output FILE", "weights that match the prompts of both classes"),
+    "merge": ("--model ADAPTER --output_dir DIR", "an adapter and its base as one model, for serving"),
     "report": ("RUN [RUN ...] [--output FILE.html]", "plots and a table of runs, on one page"),
     "bench": ("[--model PATH]", "what the fused head saves on this machine"),
     "generate": ("--model PATH --prompts FILE --output FILE", "completions, as AlpacaEval or Arena-Hard"),

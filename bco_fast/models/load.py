@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations import deepspeed
 
+from .adapters import base_of, holds_adapter, put_on
 from .multimodal import auto_class, outside_adapters
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False):
 def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namespace) -> nn.Module:
     """Load a language model as `config` says; every choice that "auto" makes is logged once.
 
+    A folder that holds an adapter is its base with the adapter on it.
+
     Raises:
-        ImportError: 4-bit or 8-bit loading without bitsandbytes.
-        OSError, ValueError: of `from_pretrained`.
+        ImportError: 4-bit or 8-bit loading without bitsandbytes; an adapter without peft.
+        OSError, ValueError: of `from_pretrained`; the adapter's base is not there.
     """
-    options: dict = {"dtype": _dtype(config)}
+    adapter = path if holds_adapter(path) else None
+    path = path if adapter is None else base_of(adapter)
+    options: dict = {"dtype": _dtype(config, adapter is not None)}
     attention = config.attn_implementation
     if attention is None and torch.cuda.is_available():
         attention = "flash_attention_2" if _flash_attention_fits(config) else "sdpa"
@@ -54,7 +59,8 @@ def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namesp
         options["attn_implementation"] = attention
     if config.load_in_4bit or config.load_in_8bit:
         options["quantization_config"] = _quantization(config)
-    return read_weights(path, config.trust_remote_code, **options)
+    model = read_weights(path, config.trust_remote_code, **options)
+    return model if adapter is None else put_on(model, adapter)
 
 
 def read_weights(path: str | os.PathLike, trust_remote_code: bool, **options) -> nn.Module:
@@ -94,10 +100,10 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _dtype(config: FeedbackConfig) -> torch.dtype | str:
+def _dtype(config: FeedbackConfig, adapter: bool) -> torch.dtype | str:
     if config.model_dtype != "auto":
         return getattr(torch, config.model_dtype)
-    if config.use_peft or config.load_in_4bit or config.load_in_8bit:
+    if adapter or config.use_peft or config.load_in_4bit or config.load_in_8bit:
         return "auto"  # frozen weights stay as they were stored
     # AdamW's steps of 1e-6 vanish in bfloat16 weights; --bf16 computes in bfloat16 on top of float32 ones
     logger.info("weights: float32, because all of them are trained (model_dtype=bfloat16 keeps them small)")

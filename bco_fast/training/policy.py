@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..head.types import HeadStats
+from ..models.adapters import check_options
 from ..models.liger import use_liger
 from ..models.load import add_adapter, load_model
 from ..models.multimodal import freeze_other_modules
@@ -29,7 +30,8 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
         stats: filled in by a sparse backward.
 
     Raises:
-        ValueError: the model is cut by tensor parallelism; or of `patch_model`.
+        ValueError: the model is cut by tensor parallelism; `args` describes another adapter than the model's; or of
+            `patch_model`.
     """
     if isinstance(model, (str, os.PathLike)):
         model = load_model(model, args)
@@ -39,11 +41,12 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
             "rows: load it without a tp_plan and shard it by FSDP2 or ZeRO-3 (docs/scale.md). patch_model takes it in a "
             "training loop that gives all ranks the same rows"
         )
-    if not hasattr(model, "peft_config"):
-        if args.use_peft or peft_config is not None:
-            model = add_adapter(model, args, peft_config)
-        else:
-            freeze_other_modules(model)
+    if hasattr(model, "peft_config"):
+        check_options(model, args)
+    elif args.use_peft or peft_config is not None:
+        model = add_adapter(model, args, peft_config)
+    else:
+        freeze_other_modules(model)
     if args.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
