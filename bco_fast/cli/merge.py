@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def merge(arguments: list[str]) -> dict:
             whole = Path(folder) / "model"
             model.save_pretrained(whole)
             tokenizer.save_pretrained(whole)
+            if (record := Path(options.model, "run.json")).is_file():  # `generate` reads in it what rows were
+                shutil.copyfile(record, whole / "run.json")
             os.replace(whole, target)
     except Exception as error:  # a writer's own kinds
         if (reason := write_failure(error)) is None:

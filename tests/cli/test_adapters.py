@@ -75,7 +75,7 @@ def test_merge_computes_what_the_adapter_does(world, tmp_path, capfd):
     assert (summary["dtype"], summary["base"]) == ("float32", str(world / "models" / "m"))
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert {"model.safetensors", "config.json", "tokenizer.json", "run.json"} <= names
     assert not {name for name in names if name.startswith("adapter")}
     base = AutoModelForCausalLM.from_pretrained(world / "models" / "m")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
