@@ -23,6 +23,7 @@ OPTIONS = {
     "orpo": {"lam": 1.0},
     "simpo": {"beta": 2.0, "gamma": 0.5},
     "ipo": {"beta": 0.1},
+    "apo_down": {"beta": 2.0},  # it first lowers both sides; a large β ends that within a few nats
 }
 
 
