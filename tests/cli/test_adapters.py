@@ -36,6 +36,7 @@ def _logits(model):
         return model.eval()(PROMPTS).logits
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_adapter_from_any_folder(world, tmp_path, monkeypatch, caplog, capfd):
     from peft import PeftModel
 

@@ -94,6 +94,17 @@ class Mutants:
         return {name: data}
 
 
+def _plainly(folder, files, rounds=300):
+    """Processor seconds to write a folder's files, list them and read them again, with nothing looked at."""
+    begin = time.process_time()
+    for _ in range(rounds):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        for name in os.listdir(folder):
+            (folder / name).read_bytes()
+    return (time.process_time() - begin) / rounds
+
+
 @pytest.mark.parametrize("mutants", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_no_mutant_is_accepted_with_a_changed_value(mutants):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:  # noqa: S108
@@ -137,10 +148,11 @@ def test_no_mutant_is_accepted_with_a_changed_value(mutants):
             for name in files.keys() - set(os.listdir(cache.folder)):
                 (cache.folder / name).write_bytes(files[name])
         seconds = time.process_time() - begin
+        plainly = _plainly(cache.folder, files)
     print(f"{mutants} mutants in {seconds:.1f} s, {noticed} noticed, {accepted} unchanged rows read")
     assert noticed > mutants * 0.9  # the others wrote what was there before
     assert accepted > mutants  # rows that were not touched stay usable
-    assert seconds < max(60 * mutants / 100_000, 10)
+    assert seconds < 20 * mutants * plainly  # 8 to 12 on an AMD EPYC, where 100,000 take 93 s; 60 s on an Intel Xeon
 
 
 def _shard(header, body=b"", length=None):
