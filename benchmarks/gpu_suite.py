@@ -218,7 +218,6 @@ def context_part(trials: list, benchmark: str, device: str, dtype: torch.dtype, 
     rows = []
     for name, case, tokens in trials:
         shape, lora = long_context.SHAPES[name], long_context.CASES[case][1]
-        workspace = long_context.CPU_WORKSPACE if device == "cpu" else long_context.GPU_WORKSPACE
         row = {
             "benchmark": benchmark,
             "shape": name,
@@ -227,8 +226,10 @@ def context_part(trials: list, benchmark: str, device: str, dtype: torch.dtype, 
             "tokens": tokens,
         }
         if case.startswith("bco_fast"):
-            parts = long_context.predicted_bytes(shape, tokens, lora=lora, item=dtype.itemsize, workspace=workspace)
-            row["predicted_mb"] = round(sum(parts.values()) / 1e6, 1)
+            memory = long_context.counted(
+                shape, tokens, lora=lora, device=device, layer_chunk_tokens=long_context.CHUNK
+            )
+            row["predicted_mb"] = round(memory.total / 1e6, 1)
         rows.append(row)
         with tempfile.TemporaryDirectory() as folder:
             build_tokenizer().save_pretrained(Path(folder) / "tokenizer")
