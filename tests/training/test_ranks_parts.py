@@ -169,7 +169,7 @@ def _full_disk(keys, values):
 def test_a_cache_filled_in_lockstep_by_four_ranks_has_the_bytes_of_one(tmp_path):
     """Shards are named by the hash of their content."""
     four = ranks.run(_filled, 4, tmp_path / "ranks", tmp_path / "four", False)
-    computed, again, names = _filled(0, 1, tmp_path / "one", False)
+    ((computed, again, names),) = ranks.run(_filled, 1, tmp_path / "rank", tmp_path / "one", False)  # as many threads
     assert (computed, again) == (30, 0)
     assert [report[0] for report in four] == [8, 8, 8, 6]
     assert all(report[1:] == (0, names) for report in four)
