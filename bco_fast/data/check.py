@@ -16,7 +16,7 @@ from .labels import FEW
 from .repeats import find_repeats
 from .rows import FeedbackRow, Needs, parse_columns, with_our_names
 from .sources import RowError, as_record, open_source
-from .tokenize import fit, tokenize_rows
+from .tokenize import fit, prompt_limit, tokenize_rows
 from .tokenizer import special_tokens
 from .turns import split_turns
 
@@ -72,7 +72,7 @@ def examine(
         FeedbackError: a row cannot be tokenized, or none is left.
     """
     dataset = tokenize_rows(rows, tokenizer, max_length=_UNCUT, on_bad_row=on_bad_row, progress=progress)
-    keep_prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
+    keep_prompt = prompt_limit(max_length, max_prompt_length)
     limits = max_length, keep_prompt, max_completion_length
     chats = sum(not isinstance(row.prompt, str) for row in rows)
     repeats = find_repeats(rows)

@@ -12,7 +12,7 @@ import torch
 from .batch import Layout, layout_tokens
 from .dataset import Example, FeedbackDataset
 from .sources import FeedbackError
-from .tokenize import fit
+from .tokenize import fit, prompt_limit
 
 
 def oversample(dataset: FeedbackDataset, seed: int = 0) -> FeedbackDataset:
@@ -54,7 +54,7 @@ def mismatched(dataset: FeedbackDataset, *, max_length: int, max_prompt_length: 
     prompts = [example.input_ids[: example.completion_start].tobytes() for example in examples]
     if len(set(prompts)) < 2:
         raise FeedbackError("KTO compares with another prompt's completion, and all rows have the same prompt")
-    keep_prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
+    keep_prompt = prompt_limit(max_length, max_prompt_length)
     made: list[Example | None] = [None] * len(examples)
     ahead = 1  # order[place + ahead] is the next row of another prompt; it only moves forward, so this is one pass
     for place, i in enumerate(order):

@@ -131,7 +131,7 @@ def tokenize_rows(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, not {max_length}")
-    keep_prompt = max_length // 2 if max_prompt_length is None else max_prompt_length
+    keep_prompt = prompt_limit(max_length, max_prompt_length)
     if keep_prompt < 1:
         raise ValueError(f"max_prompt_length must be at least 1, not {keep_prompt}")
     if max_completion_length is not None and max_completion_length < 1:
@@ -197,6 +197,11 @@ def _blocks(rows: Sequence[FeedbackRow], progress: bool) -> Iterator[Sequence[Fe
             block = rows[first : first + BLOCK_ROWS]
             yield block
             bar.update(len(block))
+
+
+def prompt_limit(max_length: int, max_prompt_length: int | None) -> int:
+    """Tokens that a prompt keeps in a row that is too long."""
+    return max_length // 2 if max_prompt_length is None else max_prompt_length
 
 
 def fit(

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from ..losses.metrics import auc_interval
+from .plots import correlation
 from .run_reading import Run, is_finite
 
 SAME = 0.05
@@ -97,10 +98,7 @@ def read_log_ratio(run: Run) -> str | None:
 
 
 def read_length(run: Run) -> str | None:
-    tokens, reward = run.rows["tokens"], run.rows["reward"]
-    if len(tokens) < 3 or not tokens.std() or not reward.std():
-        return None
-    r = float(np.corrcoef(tokens, reward)[0, 1])
+    r = correlation(run.rows["tokens"], run.rows["reward"])
     if math.isnan(r):
         return None
     if abs(r) < LONGER:

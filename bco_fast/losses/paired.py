@@ -25,7 +25,7 @@ from .output import LossOutput
 from .sequence import log1mexp
 
 
-def _check(chosen_logps, rejected_logps, sample_weight, **references) -> None:
+def check_pairs(chosen_logps, rejected_logps, sample_weight, **references) -> None:
     check_vectors(
         like="chosen_logps", chosen_logps=chosen_logps, rejected_logps=rejected_logps,
         sample_weight=sample_weight, **references,
@@ -34,15 +34,22 @@ def _check(chosen_logps, rejected_logps, sample_weight, **references) -> None:
     check_weight(sample_weight)
 
 
-def _log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight):
-    _check(
+def log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight):
+    check_pairs(
         chosen_logps, rejected_logps, sample_weight,
         ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps,
     )  # fmt: skip
     return chosen_logps - ref_chosen_logps.detach(), rejected_logps - ref_rejected_logps.detach()
 
 
-def _output(per_example, rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Tensor], sample_weight) -> LossOutput:
+def pair_rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight):
+    """r of both sides, after the checks of every objective with a reference; differentiable."""
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight)
+    check_positive(beta=beta)
+    return beta * chosen, beta * rejected
+
+
+def pair_output(per_example, rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Tensor], sample_weight) -> LossOutput:
     weighted = per_example if sample_weight is None else per_example * sample_weight
     count = len(per_example)
     return LossOutput(
@@ -74,7 +81,7 @@ def dpo_loss(
         label_smoothing: e in [0, 0.5), the share of pairs that are the wrong way round, for the conservative DPO of that paper's
             authors: -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w).
     """
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_positive(beta=beta)
@@ -83,7 +90,7 @@ def dpo_loss(
     per_example = -F.logsigmoid(margin)
     if label_smoothing:
         per_example = (1 - label_smoothing) * per_example - label_smoothing * F.logsigmoid(-margin)
-    return _output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def ipo_loss(
@@ -104,7 +111,7 @@ def ipo_loss(
     """
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("ipo_loss needs both lengths, for means over tokens, or none, for sums")
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_positive(beta=beta)
@@ -112,7 +119,7 @@ def ipo_loss(
         check_lengths(chosen.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
         chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
     per_example = (chosen - rejected - 1 / (2 * beta)).square()
-    return _output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def slic_loss(
@@ -132,12 +139,12 @@ def slic_loss(
         delta: the margin, in nats, > 0.
         sft_weight: λ of the regulariser, >= 0.
     """
-    _check(chosen_logps, rejected_logps, sample_weight)
+    check_pairs(chosen_logps, rejected_logps, sample_weight)
     check_positive(delta=delta)
     check_not_negative(sft_weight=sft_weight)
     per_example = F.relu(delta - chosen_logps + rejected_logps) - sft_weight * chosen_logps
     logps = (chosen_logps, rejected_logps)
-    return _output(per_example, logps, logps, sample_weight)
+    return pair_output(per_example, logps, logps, sample_weight)
 
 
 def simpo_loss(
@@ -157,13 +164,13 @@ def simpo_loss(
     Args:
         gamma: the target margin itself, in reward units, not its ratio to beta; >= 0.
     """
-    _check(chosen_logps, rejected_logps, sample_weight)
+    check_pairs(chosen_logps, rejected_logps, sample_weight)
     check_lengths(chosen_logps.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     check_positive(beta=beta)
     check_not_negative(gamma=gamma)
     chosen, rejected = beta * chosen_logps / chosen_lengths, beta * rejected_logps / rejected_lengths
     per_example = -F.logsigmoid(chosen - rejected - gamma)
-    return _output(per_example, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def orpo_loss(
@@ -183,13 +190,13 @@ def orpo_loss(
     Args:
         lam: weight of the odds ratio term, >= 0.
     """
-    _check(chosen_logps, rejected_logps, sample_weight)
+    check_pairs(chosen_logps, rejected_logps, sample_weight)
     check_lengths(chosen_logps.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     check_not_negative(lam=lam)
     chosen, rejected = chosen_logps / chosen_lengths, rejected_logps / rejected_lengths
     log_odds = [x - log1mexp(x) for x in (y.clamp(max=-torch.finfo(y.dtype).eps) for y in (chosen, rejected))]
     per_example = -chosen - lam * F.logsigmoid(log_odds[0] - log_odds[1])
-    return _output(per_example, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def rdpo_loss(
@@ -211,7 +218,7 @@ def rdpo_loss(
     Args:
         alpha: reward per token, >= 0.
     """
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_lengths(chosen.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
@@ -219,7 +226,7 @@ def rdpo_loss(
     check_not_negative(alpha=alpha)
     longer = (chosen_lengths - rejected_lengths).to(chosen.dtype)
     per_example = -F.logsigmoid(beta * (chosen - rejected) + alpha * longer)
-    return _output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def nca_loss(
@@ -235,10 +242,6 @@ def nca_loss(
 
     Chen et al., arXiv 2402.05369, as its authors' code has it; arXiv 2404.04656 prints it without the inner minus signs.
     """
-    chosen, rejected = _log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
-    )  # fmt: skip
-    check_positive(beta=beta)
-    r_w, r_l = beta * chosen, beta * rejected
+    r_w, r_l = pair_rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
     per_example = -F.logsigmoid(r_w) - 0.5 * (F.logsigmoid(-r_w) + F.logsigmoid(-r_l))
-    return _output(per_example, (r_w, r_l), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(per_example, (r_w, r_l), (chosen_logps, rejected_logps), sample_weight)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_fraction, check_lengths, check_not_negative, check_positive
 from .output import LossOutput
-from .paired import _check, _log_ratios, _output
+from .paired import check_pairs, log_ratios, pair_output, pair_rewards
 
 
 def robust_loss(
@@ -33,11 +33,15 @@ def robust_loss(
     Args:
         label_smoothing: e, the share of pairs that are the wrong way round, in [0, 0.5).
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     check_fraction(0.5, label_smoothing=label_smoothing)
     x = chosen - rejected
     cost = -(1 - label_smoothing) * F.logsigmoid(x) + label_smoothing * F.logsigmoid(-x)
-    return _output(cost / (1 - 2 * label_smoothing), (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(
+        cost / (1 - 2 * label_smoothing), (chosen, rejected), (chosen_logps, rejected_logps), sample_weight
+    )
 
 
 def exo_pair_loss(
@@ -57,13 +61,15 @@ def exo_pair_loss(
     Args:
         epsilon: probability that q leaves to the rejected completion, in (0, 0.5).
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     check_positive(epsilon=epsilon)
     check_fraction(0.5, epsilon=epsilon)
     x = chosen - rejected
     win = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-epsilon))
     lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(epsilon))
-    return _output(win + lose, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(win + lose, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def sppo_hard_loss(
@@ -79,12 +85,12 @@ def sppo_hard_loss(
 
     Wu et al., arXiv 2405.00675, Eq. 4.7 with P = 1 for the winner and 0 for the loser; their eta is 1 / beta.
     """
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_positive(beta=beta)
     cost = (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
-    return _output(cost, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def bco_pair_loss(
@@ -100,9 +106,11 @@ def bco_pair_loss(
 
     Jung et al., arXiv 2404.04656, §5 (`bce_loss`), on pairs; TRL's name for it. It has no shift.
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     cost = -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
-    return _output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def apo_zero_loss(
@@ -118,9 +126,11 @@ def apo_zero_loss(
 
     D'Oosterlinck et al., arXiv 2408.06266, Eq. 7 up to a constant: for chosen completions better than the model's own.
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     cost = torch.sigmoid(-chosen) + torch.sigmoid(rejected)
-    return _output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def apo_down_loss(
@@ -136,9 +146,11 @@ def apo_down_loss(
 
     D'Oosterlinck et al., arXiv 2408.06266, Eq. 8 up to a constant: for chosen completions worse than the model's own.
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     cost = torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
-    return _output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def discopop_loss(
@@ -159,12 +171,14 @@ def discopop_loss(
     Args:
         tau: temperature of the modulation, in (0, 1).
     """
-    chosen, rejected = _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight)
+    chosen, rejected = pair_rewards(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
+    )
     check_positive(tau=tau)
     check_fraction(1.0, tau=tau)
     x = chosen - rejected
     cost = -torch.sigmoid(-x / tau) * F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
-    return _output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
 
 
 def cpo_loss(
@@ -185,16 +199,10 @@ def cpo_loss(
     Args:
         nll_weight: of the chosen completion's likelihood, >= 0.
     """
-    _check(chosen_logps, rejected_logps, sample_weight)
+    check_pairs(chosen_logps, rejected_logps, sample_weight)
     check_lengths(chosen_logps.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     check_positive(beta=beta)
     check_not_negative(nll_weight=nll_weight)
     chosen, rejected = beta * chosen_logps, beta * rejected_logps
     cost = -F.logsigmoid(chosen - rejected) - nll_weight * chosen_logps / chosen_lengths
-    return _output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
-
-
-def _rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight):
-    ratios = _log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight)
-    check_positive(beta=beta)
-    return [beta * ratio for ratio in ratios]
+    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
