@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_path, stale_files
-from ..losses import OBJECTIVES
+from ..losses import OBJECTIVES, Objective
 from ..reference.cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
 from ..reference.seen import SeenShards
 from ..reference.shards import SHARD_NAME, BadShard
@@ -67,19 +67,9 @@ _AS_TRAIN = ("on_bad_row", "columns", "score_scale", "labels", "chat_template", 
 """Options of `build` that are `train`'s: those that decide what the reference computes, and of which tokens."""
 
 
-def build(arguments: list[str]) -> None:
-    """Fill the cache as training on this model and file would; training then computes nothing."""
-    import torch
-
-    from ..data.samplers import mismatched
-    from ..data.sources import FeedbackError
-    from ..data.tokenize import load_feedback
-    from ..data.tokenizer import pad_or_eos, positions
-    from ..models.patch import patch_model
-    from ..reference.fill import fill
-    from ..reference.identity import reference_id
+def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective, tuple[int, int]]:
+    """-> (options, the objective that will train, part I of N); refuses what can be refused before anything is loaded."""
     from ..training.config import FeedbackConfig
-    from ..training.sharing import choose_layout
     from ..training.values import check_numbers
 
     parser = _parser("build", one_reference=False)
@@ -116,6 +106,23 @@ def build(arguments: list[str]) -> None:
         check_numbers(options)
     check_input("--data", options.data)
     check_writable("--cache_dir", options.cache_dir)
+    return options, objective, (part, parts)
+
+
+def build(arguments: list[str]) -> None:
+    """Fill the cache as training on this model and file would; training then computes nothing."""
+    import torch
+
+    from ..data.samplers import mismatched
+    from ..data.sources import FeedbackError
+    from ..data.tokenize import load_feedback
+    from ..data.tokenizer import pad_or_eos, positions
+    from ..models.patch import patch_model
+    from ..reference.fill import fill
+    from ..reference.identity import reference_id
+    from ..training.sharing import choose_layout
+
+    options, objective, (part, parts) = _build_options(arguments)
     model, tokenizer = load_model_and_tokenizer(options.model, options)
     if options.max_length > (positions(model) or options.max_length):
         raise UsageError(f"--max_length is {options.max_length}, but the model has {positions(model)} positions")
