@@ -14,6 +14,7 @@ hands such a mask to its layers untouched, also when a checkpointed layer runs a
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,11 +34,18 @@ PREFIX = "segments|"
 """Of the name of an attention implementation that knows segments; what follows is the model's own."""
 
 
-def segment_mask(segments: Segments, device: torch.device) -> Tensor:
-    """The attention mask that carries segments to the layers."""
+def segment_mask(segments: Segments, device: torch.device, *, recompute: bool = False) -> Tensor:
+    """The attention mask that carries segments to the layers.
+
+    Args:
+        segments, device: of the row of tokens.
+        recompute: a completion shorter than its prompt gathers keys and values again in the backward. Otherwise it would
+            keep a copy of its prompt's, as if that were not shared. Of no use where whole layers are computed again.
+    """
     segments.kept = {} if segments.continued else None
     mask = torch.empty((1, 1, 1, segments.parts[-1].stop), dtype=torch.bool, device=device)
     mask.segments = segments
+    mask.recompute = recompute
     mask.masks = {}  # made by the first layer that needs them, used by all
     return mask
 
@@ -90,12 +99,21 @@ def _attention(base: str) -> Callable:
                 return run(module, query, *together, None, **options, **_lengths(masks, segments, query.device))
         outputs = []
         queries = query.split([part.stop - part.start for part in segments.parts], dim=2)
+        recompute = attention_mask.recompute and torch.is_grad_enabled()
         for segment, own, *path in zip(segments.parts, queries, keys, values, strict=True):
             mask = _mask(masks, segment, options.get("sliding_window"), query, additive=base == "eager")
-            outputs.append(run(module, own, *(torch.cat(pieces, dim=2) for pieces in path), mask, **options)[0])
+            attend = functools.partial(_attend, functools.partial(run, module), mask, options)
+            if recompute and _prompt_length(segment) > segment.stop - segment.start:
+                attend = functools.partial(checkpoint, attend, use_reentrant=False)
+            outputs.append(attend(own, *path))
         return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]
 
     return attention
+
+
+def _attend(run: Callable, mask: Tensor | None, options: dict, query: Tensor, *path: list[Tensor]) -> Tensor:
+    """One segment's attention; path: the pieces of its keys, and those of its values."""
+    return run(query, *(torch.cat(pieces, dim=2) for pieces in path), mask, **options)[0]
 
 
 @contextlib.contextmanager
@@ -127,14 +145,16 @@ def _paths(segments: Segments, own: Tensor, before: Tensor | None) -> list[list[
     return paths
 
 
+def _prompt_length(segment: Segment) -> int:
+    return segment.prompt[1] - segment.prompt[0] if segment.prompt else 0
+
+
 def _lengths(masks: dict, segments: Segments, device: torch.device) -> dict:
     """What FlashAttention must know of the segments: where the queries of each begin, and its keys. It aligns its causal mask
     to the lower right, and applies the window itself."""
     if "lengths" not in masks:
         queries = [part.stop - part.start for part in segments.parts]
-        keys = [
-            n + (p.prompt[1] - p.prompt[0] if p.prompt else 0) for n, p in zip(queries, segments.parts, strict=True)
-        ]
+        keys = [n + _prompt_length(part) for n, part in zip(queries, segments.parts, strict=True)]
         q, k = (
             torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (queries, keys)
@@ -151,7 +171,7 @@ def _lengths(masks: dict, segments: Segments, device: torch.device) -> dict:
 def _mask(masks: dict, segment: Segment, window: int | None, query: Tensor, *, additive: bool) -> Tensor | None:
     """Which keys each query of a segment sees, [1, 1, queries, keys], as a summand; None for plain causal attention."""
     queries = segment.stop - segment.start
-    offset = segment.prompt[1] - segment.prompt[0] if segment.prompt else 0
+    offset = _prompt_length(segment)
     windowed = window is not None and offset + queries > window
     if not (offset or windowed or additive):
         return None

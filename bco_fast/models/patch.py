@@ -286,7 +286,9 @@ def forward_logps(
         names += ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"]
     inputs = {name: batch[name] for name in names if name in batch}
     if segmented:
-        inputs["attention_mask"] = segment_mask(batch["segments"], batch["input_ids"].device)
+        whole_layers = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        device = batch["input_ids"].device
+        inputs["attention_mask"] = segment_mask(batch["segments"], device, recompute=not whole_layers)
     asked = {TARGETS: batch["targets"]} | ({ROWS: batch["rows"]} if "rows" in batch else {})
     if return_entropy:
         asked[ENTROPY] = True
