@@ -3,9 +3,9 @@ import torch
 from bco_fast import register_objective
 
 
-def hinge(logps, ref_logps, labels, *, beta):  # all [B]; logps are sums over a completion's tokens, in nats
+def margin(logps, ref_logps, labels, *, beta):  # all [B]; logps are sums over a completion's tokens, in nats
     rewards = beta * (logps - ref_logps)
     return torch.relu(1 - torch.where(labels, rewards, -rewards))  # the cost of each row
 
 
-register_objective("hinge", hinge, data="labels", beta=0.1)
+register_objective("margin", margin, data="labels", beta=0.1)

@@ -35,7 +35,11 @@ def test_every_objective_is_listed_with_its_defaults(name):
         assert f"`beta` {objective.beta:g}" in row
     for option in objective.options:
         default = FeedbackConfig.__dataclass_fields__[option].default
-        assert f"`{option}` {default:g}" in row
+        if option.startswith("f_"):  # of several objectives, under the table
+            assert f"`{name}`" in _row("f_divergence_type")
+            assert f"`{option}` {default}" in _row("f_divergence_type")
+        else:
+            assert f"`{option}` {default:g}" in row
     assert ("no reference" in row) is not objective.reference
     if objective.data != "pairs":
         assert f"`{'label' if objective.data == 'labels' else 'score'}`" in row

@@ -71,6 +71,12 @@ def check_not_negative(**numbers: float) -> None:
             raise ValueError(f"{name} must be >= 0, not {number}")
 
 
+def check_finite(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, not {number}")
+
+
 def check_fraction(below: float, **numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 <= number < below:

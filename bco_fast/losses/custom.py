@@ -24,12 +24,12 @@ def register_objective(
 ) -> None:
     """Make a function of log-probabilities a `loss_type`.
 
-        def hinge(logps, ref_logps, labels, *, beta):                                                  # all [B]
+        def margin(logps, ref_logps, labels, *, beta):                                                  # all [B]
             rewards = beta * (logps - ref_logps)
             return torch.relu(1 - torch.where(labels, rewards, -rewards))                              # [B]
 
-        register_objective("hinge", hinge)
-        FeedbackConfig(loss_type="hinge", ...)
+        register_objective("margin", margin)
+        FeedbackConfig(loss_type="margin", ...)
 
     Args:
         name: in lower case, letters, digits and underscores; replaces an earlier function of that name.

@@ -21,6 +21,7 @@ from .checks import (
     check_vectors,
     check_weight,
 )
+from .divergence import Divergence, divergence_scores
 from .output import LossOutput
 from .sequence import log1mexp
 
@@ -49,6 +50,23 @@ def pair_rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     return beta * chosen, beta * rejected
 
 
+def pair_margin(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    divergence,
+    divergence_alpha,
+    sample_weight,
+):
+    """x = beta * (f'(u_w) - f'(u_l)), differentiable, and r of both sides, after the checks."""
+    ratios = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight)
+    check_positive(beta=beta)
+    chosen, rejected = divergence_scores(*ratios, divergence=divergence, alpha=divergence_alpha)
+    return beta * (chosen - rejected), (beta * ratios[0], beta * ratios[1])
+
+
 def pair_output(per_example, rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Tensor], sample_weight) -> LossOutput:
     weighted = per_example if sample_weight is None else per_example * sample_weight
     count = len(per_example)
@@ -71,6 +89,8 @@ def dpo_loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """Direct preference optimization: -log sigmoid(r_w - r_l).
@@ -80,17 +100,21 @@ def dpo_loss(
     Args:
         label_smoothing: e in [0, 0.5), the share of pairs that are the wrong way round, for the conservative DPO of that paper's
             authors: -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w).
+        divergence, divergence_alpha: of policy and reference, for f-DPO; see `divergence_scores`. The logged `rewards` stay
+            beta times the log-ratio, as in TRL.
     """
-    chosen, rejected = log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
+    margin, rewards = pair_margin(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, divergence, divergence_alpha, sample_weight
     )  # fmt: skip
-    check_positive(beta=beta)
     check_fraction(0.5, label_smoothing=label_smoothing)
-    margin = beta * (chosen - rejected)
-    per_example = -F.logsigmoid(margin)
-    if label_smoothing:
-        per_example = (1 - label_smoothing) * per_example - label_smoothing * F.logsigmoid(-margin)
-    return pair_output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+    cost = smoothed(margin, label_smoothing)
+    return pair_output(cost, rewards, (chosen_logps, rejected_logps), sample_weight)
+
+
+def smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid of a margin that has the wrong sign in a share of the pairs."""
+    cost = -F.logsigmoid(margin)
+    return (1 - label_smoothing) * cost - label_smoothing * F.logsigmoid(-margin) if label_smoothing else cost
 
 
 def ipo_loss(
@@ -102,12 +126,14 @@ def ipo_loss(
     beta: float = 0.1,
     chosen_lengths: Tensor | None = None,  # [B] int
     rejected_lengths: Tensor | None = None,  # [B] int
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """Identity preference optimization: (h_w - h_l - 1 / (2 beta))², h the log-ratio of a completion.
 
     Azar et al., arXiv 2310.12036, Eq. 17 (their tau is beta). With both lengths h is the mean over tokens, which is what
-    TRL trains; without, the sum, as in the paper.
+    TRL trains; without, the sum, as in the paper. Another divergence puts f' of `divergence_scores` in place of h.
     """
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("ipo_loss needs both lengths, for means over tokens, or none, for sums")
@@ -115,10 +141,12 @@ def ipo_loss(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
     )  # fmt: skip
     check_positive(beta=beta)
+    f_chosen, f_rejected = divergence_scores(chosen, rejected, divergence=divergence, alpha=divergence_alpha)
     if chosen_lengths is not None:
         check_lengths(chosen.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
         chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
-    per_example = (chosen - rejected - 1 / (2 * beta)).square()
+        f_chosen, f_rejected = f_chosen / chosen_lengths, f_rejected / rejected_lengths
+    per_example = (f_chosen - f_rejected - 1 / (2 * beta)).square()
     return pair_output(per_example, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
 
 

@@ -1,6 +1,7 @@
 """Further objectives on pairs, most of them from TRL's DPOTrainer. Arguments and errors are those of `paired`.
 
-x = r_w - r_l stands for the margin, r_y = beta * (logps_y - ref_logps_y) for the reward of a completion.
+x = r_w - r_l stands for the margin, r_y = beta * (logps_y - ref_logps_y) for the reward of a completion. Where there is an
+option `divergence`, x is beta * (f'(u_w) - f'(u_l)) of `divergence_scores`; the logged rewards stay r.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_fraction, check_lengths, check_not_negative, check_positive
+from .divergence import Divergence, divergence_scores
 from .output import LossOutput
-from .paired import check_pairs, log_ratios, pair_output, pair_rewards
+from .paired import check_pairs, log_ratios, pair_margin, pair_output, pair_rewards, smoothed
 
 
 def robust_loss(
@@ -24,6 +26,8 @@ def robust_loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """DPO whose expectation does not change when pairs are turned round: (-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2e).
@@ -33,15 +37,12 @@ def robust_loss(
     Args:
         label_smoothing: e, the share of pairs that are the wrong way round, in [0, 0.5).
     """
-    chosen, rejected = pair_rewards(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
-    )
+    x, rewards = pair_margin(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, divergence, divergence_alpha, sample_weight
+    )  # fmt: skip
     check_fraction(0.5, label_smoothing=label_smoothing)
-    x = chosen - rejected
     cost = -(1 - label_smoothing) * F.logsigmoid(x) + label_smoothing * F.logsigmoid(-x)
-    return pair_output(
-        cost / (1 - 2 * label_smoothing), (chosen, rejected), (chosen_logps, rejected_logps), sample_weight
-    )
+    return pair_output(cost / (1 - 2 * label_smoothing), rewards, (chosen_logps, rejected_logps), sample_weight)
 
 
 def exo_pair_loss(
@@ -52,6 +53,8 @@ def exo_pair_loss(
     *,
     beta: float = 0.1,
     epsilon: float = 1e-3,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """Efficient exact optimization on pairs: KL(p || q) of p = (sigmoid(x), sigmoid(-x)) and q = (1 - epsilon, epsilon).
@@ -61,15 +64,14 @@ def exo_pair_loss(
     Args:
         epsilon: probability that q leaves to the rejected completion, in (0, 0.5).
     """
-    chosen, rejected = pair_rewards(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
-    )
+    x, rewards = pair_margin(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, divergence, divergence_alpha, sample_weight
+    )  # fmt: skip
     check_positive(epsilon=epsilon)
     check_fraction(0.5, epsilon=epsilon)
-    x = chosen - rejected
     win = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-epsilon))
     lose = torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(epsilon))
-    return pair_output(win + lose, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(win + lose, rewards, (chosen_logps, rejected_logps), sample_weight)
 
 
 def sppo_hard_loss(
@@ -161,6 +163,8 @@ def discopop_loss(
     *,
     beta: float = 0.1,
     tau: float = 0.05,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
     sample_weight: Tensor | None = None,  # [B]
 ) -> LossOutput:
     """The log-ratio modulated loss: -(1 - m) log sigmoid(x) + m exp(-x), with m = sigmoid(x / tau).
@@ -171,14 +175,109 @@ def discopop_loss(
     Args:
         tau: temperature of the modulation, in (0, 1).
     """
-    chosen, rejected = pair_rewards(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, sample_weight
-    )
+    x, rewards = pair_margin(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, divergence, divergence_alpha, sample_weight
+    )  # fmt: skip
     check_positive(tau=tau)
     check_fraction(1.0, tau=tau)
-    x = chosen - rejected
     cost = -torch.sigmoid(-x / tau) * F.logsigmoid(x) + torch.exp(F.logsigmoid(x / tau) - x)
-    return pair_output(cost, (chosen, rejected), (chosen_logps, rejected_logps), sample_weight)
+    return pair_output(cost, rewards, (chosen_logps, rejected_logps), sample_weight)
+
+
+def hinge_loss(
+    chosen_logps: Tensor,  # [B]
+    rejected_logps: Tensor,  # [B]
+    ref_chosen_logps: Tensor,  # [B]
+    ref_rejected_logps: Tensor,  # [B]
+    *,
+    beta: float = 0.1,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    sample_weight: Tensor | None = None,  # [B]
+) -> LossOutput:
+    """The margin loss of SLiC on log-ratios to a reference: max(0, 1 - x).
+
+    Liu et al., arXiv 2309.06657 (RSO), the hinge on normalized likelihoods. `slic_loss` is the one without a reference.
+    """
+    x, rewards = pair_margin(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, divergence, divergence_alpha, sample_weight
+    )  # fmt: skip
+    return pair_output(F.relu(1 - x), rewards, (chosen_logps, rejected_logps), sample_weight)
+
+
+def sigmoid_norm_loss(
+    chosen_logps: Tensor,  # [B]
+    rejected_logps: Tensor,  # [B]
+    ref_chosen_logps: Tensor,  # [B]
+    ref_rejected_logps: Tensor,  # [B]
+    *,
+    chosen_lengths: Tensor,  # [B] int
+    rejected_lengths: Tensor,  # [B] int
+    beta: float = 0.1,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    sample_weight: Tensor | None = None,  # [B]
+) -> LossOutput:
+    """DPO normalized by length: -log sigmoid(r_w / |y_w| - r_l / |y_l|).
+
+    Lambert et al., arXiv 2411.15124 (Tülu 3); TRL's name for it. `rewards` are r, not divided by lengths. A beta of 5, as in
+    that paper, does for means over tokens what 0.1 does for sums.
+    """
+    chosen, rejected = log_ratios(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, sample_weight
+    )  # fmt: skip
+    check_lengths(chosen.shape, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    check_positive(beta=beta)
+    f_chosen, f_rejected = divergence_scores(chosen, rejected, divergence=divergence, alpha=divergence_alpha)
+    cost = -F.logsigmoid(beta * (f_chosen / chosen_lengths - f_rejected / rejected_lengths))
+    return pair_output(cost, (beta * chosen, beta * rejected), (chosen_logps, rejected_logps), sample_weight)
+
+
+def aot_loss(
+    chosen_logps: Tensor,  # [B]
+    rejected_logps: Tensor,  # [B]
+    ref_chosen_logps: Tensor,  # [B]
+    ref_rejected_logps: Tensor,  # [B]
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Alignment by optimal transport on pairs: DPO on sorted margins, -log sigmoid(beta * (m_(i) - m_ref(i))).
+
+    m_(i) is the i-th smallest logp_w - logp_l of these B pairs, m_ref(i) that of the reference. Melnyk et al., arXiv
+    2406.05882, paired. `per_example` is in that order, so costs belong to no pair and take no weights; the loss depends on
+    which pairs are in one call.
+
+    Args:
+        label_smoothing: see `dpo_loss`.
+    """
+    rewards = pair_rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, None)
+    margins, ref_margins = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
+    cost = _sorted_costs(beta * margins, beta * ref_margins, label_smoothing)
+    return pair_output(cost, rewards, (chosen_logps, rejected_logps), None)
+
+
+def aot_unpaired_loss(
+    chosen_logps: Tensor,  # [B]
+    rejected_logps: Tensor,  # [B]
+    ref_chosen_logps: Tensor,  # [B]
+    ref_rejected_logps: Tensor,  # [B]
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """Alignment by optimal transport of all chosen against all rejected: -log sigmoid(r_w(i) - r_l(i)), each side sorted.
+
+    Melnyk et al., arXiv 2406.05882, unpaired. What is said of `aot_loss` holds here.
+    """
+    rewards = pair_rewards(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, None)
+    cost = _sorted_costs(*rewards, label_smoothing)
+    return pair_output(cost, rewards, (chosen_logps, rejected_logps), None)
+
+
+def _sorted_costs(high: Tensor, low: Tensor, label_smoothing: float) -> Tensor:
+    check_fraction(0.5, label_smoothing=label_smoothing)
+    return smoothed(high.sort().values - low.sort().values, label_smoothing)
 
 
 def cpo_loss(

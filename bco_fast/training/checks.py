@@ -31,6 +31,27 @@ def check_positions(model: nn.Module, max_length: int) -> None:
         raise ValueError(f"max_length is {max_length}, but the model has {most} positions")
 
 
+def check_rows(dataset: FeedbackDataset, args: FeedbackConfig) -> None:
+    """Refuse rows of another kind than the objective reads, and weights that it cannot apply."""
+    name, objective = args.loss_type, args.objective
+    if dataset.paired is not objective.paired:
+        raise ValueError(
+            f"{name} reads {objective.data}, and the dataset was loaded {'as' if dataset.paired else 'without'} pairs: "
+            f"load_feedback(..., needs={objective.data!r})"
+        )
+    if not objective.batchwise:
+        return
+    if any(example.weight != 1 for example in dataset.examples):
+        raise ValueError(
+            f"{name} sorts the pairs of a micro-batch, so its costs belong to no row: leave out the weights"
+        )
+    if args.world_size * args.gradient_accumulation_steps > 1:
+        logger.warning(
+            "%s sorts the %d pairs of each micro-batch, as in TRL: another split of a step is another loss",
+            name, args.per_device_train_batch_size,
+        )  # fmt: skip
+
+
 def check_budget(dataset: FeedbackDataset, tokens_per_batch: int) -> None:
     """Refuse a budget that a single row or pair exceeds."""
     sizes = [layout_tokens(sides, "packed") for sides in dataset.sides]

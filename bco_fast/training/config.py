@@ -9,6 +9,7 @@ import transformers
 from transformers import TrainingArguments
 
 from ..losses import OBJECTIVES, Objective
+from ..losses.divergence import DIVERGENCES
 from ..losses.reward_shift import MODES, RewardShift
 from . import values
 
@@ -86,7 +87,16 @@ class FeedbackConfig(TrainingArguments):
     gamma: float = _option(1.0, "Target margin of simpo, in reward units, >= 0.")
     lam: float = _option(0.1, "Weight of the odds ratio in orpo, >= 0.")
     label_smoothing: float = _option(
-        0.0, "Share of pairs that dpo and robust expect to be the wrong way round, [0, 0.5)."
+        0.0, "Share of pairs that dpo, robust and aot expect to be the wrong way round, [0, 0.5)."
+    )
+    f_divergence_type: str = _option(
+        "reverse_kl",
+        "Divergence from the reference in dpo, ipo, robust, exo_pair, hinge, sigmoid_norm and discopop: reverse_kl, forward_kl, "
+        "js_divergence or alpha_divergence.",
+        choices=list(DIVERGENCES),
+    )
+    f_alpha_divergence_coef: float = _option(
+        0.5, "Exponent of alpha_divergence: 0 is forward_kl, 1 is reverse_kl; a pure number."
     )
     exo_epsilon: float = _option(
         0.001, "Share of the probability that exo_pair leaves to the rejected completion, (0, 0.5)."
@@ -286,6 +296,15 @@ class FeedbackConfig(TrainingArguments):
             value, default = getattr(self, name), ours[name].default
             if value != default and not (name == "desirable_weight" and value == 1.0):
                 raise ValueError(f"{self.loss_type} does not read {name} (given: {value!r})")
+        if self._given("f_alpha_divergence_coef") and self.f_divergence_type != "alpha_divergence":
+            raise ValueError(
+                f"f_alpha_divergence_coef is for f_divergence_type alpha_divergence, not {self.f_divergence_type}"
+            )
+        if objective.batchwise and (self.tokens_per_batch is not None or self.per_device_train_batch_size < 2):
+            raise ValueError(
+                f"{self.loss_type} sorts the pairs of a micro-batch: give per_device_train_batch_size, at least 2, and no "
+                "tokens_per_batch"
+            )
 
     def _leave_the_head_to_us(self) -> None:
         """Liger's kernels are welcome in the layers; its fused head would replace the forward that ours hooks into."""

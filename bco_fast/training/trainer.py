@@ -133,11 +133,7 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         if not isinstance(source, FeedbackDataset):
             options |= {name: getattr(args, name) for name in LOAD_OPTIONS}
             source = load_feedback(source, tokenizer, needs=self.objective.data, progress=not args.disable_tqdm, **options)  # fmt: skip
-        if source.paired is not self.objective.paired:
-            raise ValueError(
-                f"{args.loss_type} reads {self.objective.data}, and the dataset was loaded "
-                f"{'as' if source.paired else 'without'} pairs: load_feedback(..., needs={self.objective.data!r})"
-            )
+        checks.check_rows(source, args)
         return source
 
     def get_eval_dataloader(self, eval_dataset=None):

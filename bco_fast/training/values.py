@@ -14,6 +14,8 @@ import os
 import torch
 from accelerate.utils import DynamoBackend
 
+from ..losses.divergence import DIVERGENCES
+
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -67,6 +69,9 @@ def check_numbers(config) -> None:
     check(["label_smoothing", "exo_epsilon"], lambda value: 0 <= value < 0.5, "in [0, 0.5)")
     check(["pairing_ratio"], lambda value: 0 <= value <= 1, "in [0, 1]")
     check(["max_steps"], lambda value: value > 0 or value == -1, "at least 1, or -1 for num_train_epochs")
+    check(["f_alpha_divergence_coef"], math.isfinite, "finite")
+    if (chosen := getattr(config, "f_divergence_type", DIVERGENCES[0])) not in DIVERGENCES:
+        raise ValueError(f"f_divergence_type must be one of {', '.join(DIVERGENCES)}, not {chosen!r}")
     check(SEEDS, lambda value: 0 <= value < 2**32, "in [0, 2^32)")
 
 

@@ -4,8 +4,8 @@
 
 `DPOTrainer.compute_loss`, `KTOTrainer.compute_loss` and `get_batch_loss_metrics` of the experimental CPOTrainer and
 ORPOTrainer run unchanged. In place of the model they get one that answers with log-probs drawn from a seed, so that
-every value is of their own code on known log-probs. A loss is recorded for the whole batch and pair by pair.
-TRL's aot, aot_unpaired and sigmoid_norm have no counterpart here and are left out.
+every value is of their own code on known log-probs. A loss is recorded for the whole batch and, but for those that sort a
+batch and for sums of several, pair by pair.
 """
 
 import tempfile
@@ -19,9 +19,16 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 PAIRS, LONGEST = 8, 12
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "apo_zero", "sft", "robust", "exo_pair", "sppo_hard", "apo_down", "discopop")  # fmt: skip
-LABEL_SMOOTHING = 0.1  # read by robust and exo_pair; discopop's tau is TRL's default, 0.05
+DPO_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "apo_zero", "sft", "robust", "exo_pair", "sppo_hard", "apo_down", "discopop", "sigmoid_norm", "aot", "aot_unpaired")  # fmt: skip
+BY_BATCH = ("aot", "aot_unpaired")
+LABEL_SMOOTHING = 0.1  # read by robust, exo_pair and aot; discopop's tau is TRL's default, 0.05
 DPO_BETAS = (0.1, 0.5)
+DIVERGENCES = (("forward_kl", 0.5), ("js_divergence", 0.5), ("alpha_divergence", 0.3), ("alpha_divergence", 1.0))
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+SUMS = (
+    (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),  # MPO
+    (["sigmoid_norm", "apo_zero", "aot"], [1.0, 2.0, 0.5]),
+)
 CPO_SETTINGS = (
     {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5},
     {"loss_type": "simpo", "beta": 10.0, "simpo_gamma": 3.0},
@@ -98,7 +105,7 @@ def made(trainer, config, columns: dict, **options):
         return trainer(model=tiny_llama(0), args=args, train_dataset=dataset, processing_class=byte_tokenizer())
 
 
-def dpo(drawn: Drawn) -> list[dict]:
+def dpo(drawn: Drawn) -> dict[str, list[dict]]:
     columns = {"chosen": [" yes", " yes"], "rejected": [" no", " no"]}
     trainer = made(DPOTrainer, DPOConfig, columns, precompute_ref_log_probs=True)
     recorded = []
@@ -112,23 +119,31 @@ def dpo(drawn: Drawn) -> list[dict]:
         (gradient,) = torch.autograd.grad(value, policy)
         return value, gradient[:, 0]  # one number for all tokens of a completion
 
+    def record(loss_types, weights=(1.0,), beta=0.1, divergence=("reverse_kl", 0.5)):
+        trainer.loss_types, trainer.loss_weights, trainer.beta = loss_types, weights, beta
+        trainer.f_divergence_type, trainer.f_alpha_divergence_coef = divergence
+        trainer.label_smoothing = LABEL_SMOOTHING
+        value, gradient = loss(list(range(PAIRS)))
+        metrics = {name: trainer._metrics["train"][name][-1] for name in ("rewards/margins", "rewards/accuracies")}
+        return {"beta": beta, "loss": numbers(value[None])[0], "gradient": numbers(gradient), **metrics}
+
+    def losses():
+        return {"losses": numbers(torch.stack([loss([pair])[0] for pair in range(PAIRS)]))}
+
     for loss_type in DPO_LOSSES:
         for beta in DPO_BETAS:
-            trainer.loss_types, trainer.loss_weights, trainer.beta = [loss_type], [1.0], beta
-            trainer.label_smoothing = LABEL_SMOOTHING
-            value, gradient = loss(list(range(PAIRS)))
-            recorded.append(
-                {
-                    "loss_type": loss_type,
-                    "beta": beta,
-                    "loss": numbers(value[None])[0],
-                    "gradient": numbers(gradient),
-                    "losses": numbers(torch.stack([loss([pair])[0] for pair in range(PAIRS)])),
-                    "rewards/margins": trainer._metrics["train"]["rewards/margins"][-1 - PAIRS],
-                    "rewards/accuracies": trainer._metrics["train"]["rewards/accuracies"][-1 - PAIRS],
-                }
+            whole = {"loss_type": loss_type, **record([loss_type], beta=beta)}
+            recorded.append(whole | ({} if loss_type in BY_BATCH else losses()))
+    divergent, sums = [], []
+    for loss_type in DIVERGENT:
+        for divergence in DIVERGENCES if loss_type == "sigmoid" else DIVERGENCES[1:3]:
+            names = dict(zip(("f_divergence_type", "f_alpha_divergence_coef"), divergence, strict=True))
+            divergent.append(
+                {"loss_type": loss_type, **names, **record([loss_type], divergence=divergence), **losses()}
             )
-    return recorded
+    for loss_types, weights in SUMS:
+        sums.append({"loss_types": loss_types, "loss_weights": weights, **record(loss_types, weights)})
+    return {"dpo": recorded, "divergences": divergent, "sums": sums}
 
 
 def sums_ipo(drawn: Drawn) -> dict:
@@ -210,7 +225,7 @@ if __name__ == "__main__":
         "lengths": drawn.lengths.tolist(),
         "logps": numbers(drawn.policy.sum(1)),
         "ref_logps": numbers(drawn.ref.sum(1)),
-        "dpo": dpo(drawn),
+        **dpo(drawn),
         "cpo": [{**setting, "losses": by_pair(made_cpo(**setting), drawn)} for setting in CPO_SETTINGS],
         "ipo_sums": sums_ipo(drawn),
         "orpo": orpo(drawn),

@@ -26,11 +26,11 @@ def _forget():
     OBJECTIVES.update(before)
 
 
-def test_the_example_is_the_hinge_and_the_page_shows_it():
+def test_the_example_is_a_margin_loss_and_the_page_shows_it():
     assert EXAMPLE.read_text() in (ROOT / "docs" / "objectives.md").read_text()
     runpy.run_path(str(EXAMPLE))
     logps, ref, labels = torch.tensor([-5.0, -4.0]), torch.tensor([-8.0, -20.0]), torch.tensor([True, False])
-    out = OBJECTIVES["hinge"].loss(logps, ref, labels, beta=0.1)
+    out = OBJECTIVES["margin"].loss(logps, ref, labels, beta=0.1)
     assert torch.allclose(out.per_example, torch.tensor([0.7, 2.6]))
     assert torch.allclose(out.loss, torch.tensor(1.65))
     assert torch.allclose(out.rewards, torch.tensor([0.3, 1.6]))
@@ -80,16 +80,16 @@ def test_what_is_refused(tmp_path):
 
 def test_the_command_line_runs_the_file_first(tmp_path, caplog):
     base = ["--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(UsageError, match="hinge"):
-        parse([*base, "--loss_type", "hinge"])
-    _, made = parse([*base, "--objective-file", str(EXAMPLE), "--loss_type", "hinge"])
-    assert made.loss_type == "hinge"
+    with pytest.raises(UsageError, match="margin"):
+        parse([*base, "--loss_type", "margin"])
+    _, made = parse([*base, "--objective-file", str(EXAMPLE), "--loss_type", "margin"])
+    assert made.loss_type == "margin"
     assert math.isclose(made.beta, 0.1)
-    OBJECTIVES.pop("hinge")
+    OBJECTIVES.pop("margin")
     yaml = tmp_path / "run.yaml"
-    yaml.write_text(f"objective_file: {EXAMPLE}\nloss_type: hinge\n")
+    yaml.write_text(f"objective_file: {EXAMPLE}\nloss_type: margin\n")
     _, made = parse(["--config", str(yaml), *base])
-    assert made.loss_type == "hinge"
+    assert made.loss_type == "margin"
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")
     for path, reason in ((broken, "division by zero"), (tmp_path / "none.py", "no such file"), (tmp_path, "a folder")):

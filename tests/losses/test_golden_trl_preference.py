@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bco_fast import losses
+from bco_fast.losses.divergence import DIVERGENCES
 
 GOLDEN = json.loads(Path(__file__).parents[1].joinpath("golden").joinpath("trl_1_16_preference.json").read_text())
 LENGTHS = torch.tensor(GOLDEN["lengths"])
@@ -28,22 +29,17 @@ def logps():
     return torch.tensor(GOLDEN["logps"], requires_grad=True), torch.tensor(GOLDEN["ref_logps"])
 
 
-def hinge(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """TRL's hinge is β times the margin loss of SLiC, on log-ratios, with the margin 1/β."""
-    return beta * losses.slic_loss(chosen - ref_chosen, rejected - ref_rejected, delta=1 / beta).per_example
-
-
 OURS = {
-    "sigmoid": lambda *sides, beta: losses.dpo_loss(*sides, beta=beta).per_example,
-    "ipo": lambda *sides, beta: losses.ipo_loss(*sides, beta=beta, **BY_LENGTH).per_example,
-    "nca_pair": lambda *sides, beta: losses.nca_loss(*sides, beta=beta).per_example,
-    "hinge": hinge,
-    "robust": lambda *sides, beta: losses.robust_loss(*sides, beta=beta, label_smoothing=0.1).per_example,
-    "exo_pair": lambda *sides, beta: losses.exo_pair_loss(*sides, beta=beta, epsilon=0.1).per_example,
-    **{
-        name: lambda *sides, beta, name=name: losses.LOSSES[name](*sides, beta=beta).per_example
-        for name in ("bco_pair", "apo_zero", "apo_down", "sppo_hard", "discopop")
-    },
+    "sigmoid": (losses.dpo_loss, {}),
+    "ipo": (losses.ipo_loss, BY_LENGTH),
+    "nca_pair": (losses.nca_loss, {}),
+    "hinge": (losses.hinge_loss, {}),
+    "sigmoid_norm": (losses.sigmoid_norm_loss, BY_LENGTH),
+    "robust": (losses.robust_loss, {"label_smoothing": 0.1}),
+    "exo_pair": (losses.exo_pair_loss, {"epsilon": 0.1}),
+    "aot": (losses.aot_loss, {"label_smoothing": 0.1}),
+    "aot_unpaired": (losses.aot_unpaired_loss, {"label_smoothing": 0.1}),
+    **{name: (losses.LOSSES[name], {}) for name in ("bco_pair", "apo_zero", "apo_down", "sppo_hard", "discopop")},
 }
 
 
@@ -55,9 +51,11 @@ def test_dpo_trainer(golden):
         out = losses.sft_loss(policy, torch.cat([UP, DOWN]), LENGTHS)
         loss, per_pair = out.loss, out.per_example[:PAIRS]
     else:
-        per_pair = OURS[golden["loss_type"]](chosen, rejected, *ref.chunk(2), beta=golden["beta"])
+        function, options = OURS[golden["loss_type"]]
+        per_pair = function(chosen, rejected, *ref.chunk(2), beta=golden["beta"], **options).per_example
         loss = per_pair.mean()
-    close(per_pair, golden["losses"])
+    if "losses" in golden:  # not of those that sort the batch
+        close(per_pair, golden["losses"])
     close(loss, golden["loss"])
     close(torch.autograd.grad(loss, policy)[0], golden["gradient"])
 
@@ -68,6 +66,22 @@ def test_metrics_of_dpo_trainer(golden):
     metrics = losses.dpo_loss(*policy.chunk(2), *ref.chunk(2), beta=golden["beta"]).metrics
     for name in ("rewards/margins", "rewards/accuracies"):
         close(torch.as_tensor(metrics[name], dtype=torch.float32), golden[name])
+
+
+@pytest.mark.parametrize(
+    "golden",
+    GOLDEN["divergences"],
+    ids=lambda g: f"{g['loss_type']}-{g['f_divergence_type']}-{g['f_alpha_divergence_coef']}",
+)
+def test_other_divergences_of_dpo_trainer(golden):
+    policy, ref = logps()
+    function, options = OURS[golden["loss_type"]]
+    chosen = {"divergence": golden["f_divergence_type"], "divergence_alpha": golden["f_alpha_divergence_coef"]}
+    out = function(*policy.chunk(2), *ref.chunk(2), beta=golden["beta"], **options, **chosen)
+    close(out.per_example, golden["losses"])
+    close(torch.autograd.grad(out.loss, policy)[0], golden["gradient"])
+    if golden["loss_type"] != "ipo":  # whose rewards are those that it compares, means over tokens
+        close(out.metrics["rewards/margins"].float(), golden["rewards/margins"])  # of log-ratios, in TRL too
 
 
 def test_ipo_on_sums():
@@ -132,5 +146,8 @@ def test_the_recording_holds_the_cases_it_is_for():
     policy, ref = logps()
     assert (policy - ref).abs().max() > 20
     assert LENGTHS.min() == 1
+    types = {(golden["f_divergence_type"], golden["f_alpha_divergence_coef"]) for golden in GOLDEN["divergences"]}
+    assert {name for name, _ in types} == set(DIVERGENCES) - {"reverse_kl"}
+    assert ("alpha_divergence", 1.0) in types  # the reverse KL again
     hinges = [golden["losses"] for golden in GOLDEN["dpo"] if golden["loss_type"] == "hinge"]
     assert all(min(values) == 0 < max(values) for values in hinges)

@@ -91,6 +91,29 @@ PAIRED = {  # of log-probs w, l, their references u, v, and lengths n, m
         {"beta": 0.3, "alpha": 0.05, **_by_length},
         lambda w, l, u, v, n, m: -_log_sigmoid(0.3 * (w - u - l + v) + 0.05 * (n - m)),
     ),
+    "hinge": ({"beta": 0.3}, lambda w, l, u, v, n, m: max(0, 1 - 0.3 * (w - u - l + v))),
+    "sigmoid_norm": (
+        {"beta": 5.0, **_by_length},
+        lambda w, l, u, v, n, m: -_log_sigmoid(5 * ((w - u) / n - (l - v) / m)),
+    ),
+    "dpo forward_kl": (
+        {"beta": 0.3, "divergence": "forward_kl"},
+        lambda w, l, u, v, n, m: -_log_sigmoid(0.3 * (math.exp(v - l) - math.exp(u - w))),
+    ),
+    "hinge js_divergence": (
+        {"beta": 0.3, "divergence": "js_divergence"},
+        lambda w, l, u, v, n, m: max(0, 1 - 0.3 * (_log_sigmoid(w - u) - _log_sigmoid(l - v))),
+    ),
+    "sigmoid_norm alpha_divergence": (
+        {"beta": 5.0, "divergence": "alpha_divergence", "divergence_alpha": 0.4, **_by_length},
+        lambda w, l, u, v, n, m: (
+            -_log_sigmoid(5 * ((math.exp(-0.6 * (w - u)) - 1) / n - (math.exp(-0.6 * (l - v)) - 1) / m) / -0.6)
+        ),
+    ),
+    "ipo forward_kl": (
+        {"beta": 0.3, "divergence": "alpha_divergence", "divergence_alpha": 0.0},
+        lambda w, l, u, v, n, m: (math.exp(v - l) - math.exp(u - w) - 1 / 0.6) ** 2,
+    ),
     "dpo smoothed": (
         {"beta": 0.3, "label_smoothing": 0.2},
         lambda w, l, u, v, n, m: -0.8 * _log_sigmoid(0.3 * (w - u - l + v)) - 0.2 * _log_sigmoid(0.3 * (l - v - w + u)),
@@ -151,7 +174,43 @@ def test_paired_equations(case):
 
 
 def test_every_objective_has_its_equation_here():
-    assert {*UNPAIRED, *(case.split()[0] for case in PAIRED), "bnf", "sft"} == set(OBJECTIVES)
+    named = {*UNPAIRED, *(case.split()[0] for case in PAIRED), "bnf", "sft", "aot", "aot_unpaired"}
+    assert named == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("aot", lambda w, l, u, v: u - v, lambda w, l, u, v: w - l), ("aot_unpaired", lambda w, l, u, v: l - v, lambda w, l, u, v: w - u)],
+)  # fmt: skip
+def test_aot_compares_what_it_has_sorted(name, low, high):
+    vectors = _vectors(7)
+    out = LOSSES[name](*vectors, beta=0.3, label_smoothing=0.2)
+    gaps = [0.3 * (a - b) for a, b in zip(sorted(high(*vectors).tolist()), sorted(low(*vectors).tolist()), strict=True)]
+    expected = [-0.8 * _log_sigmoid(gap) - 0.2 * _log_sigmoid(-gap) for gap in gaps]
+    assert torch.allclose(out.per_example, _f64(expected), rtol=1e-12)
+    assert math.isclose(float(out.loss), sum(expected) / 7, rel_tol=1e-12)
+    shuffled = LOSSES[name](
+        *(vector[torch.tensor([3, 1, 6, 0, 2, 5, 4])] for vector in vectors), beta=0.3, label_smoothing=0.2
+    )
+    assert torch.equal(shuffled.per_example, out.per_example)
+    assert not torch.allclose(out.loss, losses.dpo_loss(*vectors, beta=0.3, label_smoothing=0.2).loss)
+    leaves = [v.requires_grad_() for v in vectors[:2]]
+    assert torch.autograd.gradcheck(lambda w, l: LOSSES[name](w, l, *vectors[2:], beta=0.3).loss, leaves)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "robust", "exo_pair", "hinge", "sigmoid_norm", "discopop"])
+def test_no_nan_under_any_divergence(name, divergence):
+    """Log-ratios of ±1,000 nats, where e^1000 is infinite."""
+    far = torch.tensor([-1e3, 1e3, 1e3, -1e3, 0.0])
+    w, l = far.clone().requires_grad_(), -far.clone().requires_grad_()
+    l = l.detach().requires_grad_()
+    by = {"chosen_lengths": LENGTHS[0], "rejected_lengths": LENGTHS[1]} if name == "sigmoid_norm" else {}
+    out = LOSSES[name](w, l, torch.zeros(5), torch.zeros(5), divergence=divergence, **by)
+    out.loss.backward()
+    assert w.grad.isfinite().all()
+    assert l.grad.isfinite().all()
+    assert not out.per_example.isnan().any()
 
 
 def test_sft_is_the_mean_over_tokens_of_thumbs_up():
@@ -405,6 +464,9 @@ def test_a_shift_moves_una():
         (lambda v: losses.bco_loss(*v[:2], LABELS, reduction="sum"), ValueError, "'sum'"),
         (lambda v: losses.dpo_loss(v[0], v[1][:3], v[2], v[3]), ValueError, r"rejected_logps \[3\]"),
         (lambda v: losses.dpo_loss(*v, beta=0.0), ValueError, "beta"),
+        (lambda v: losses.dpo_loss(*v, divergence="kl"), ValueError, "divergence must be one of reverse_kl"),
+        (lambda v: losses.dpo_loss(*v, divergence_alpha=math.inf), ValueError, "divergence_alpha must be finite"),
+        (lambda v: losses.aot_loss(v[0], v[1][:3], v[2], v[3]), ValueError, r"rejected_logps \[3\]"),
         (lambda v: losses.dpo_loss(v[0], v[1], v[2].clone().requires_grad_(), v[3]), ValueError, "requires grad"),
         (lambda v: losses.ipo_loss(*v, chosen_lengths=LENGTHS[0]), ValueError, "both lengths"),
         (lambda v: losses.simpo_loss(*v[:2], **_by_length, gamma=-1.0), ValueError, "gamma"),

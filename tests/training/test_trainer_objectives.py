@@ -80,12 +80,14 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
         "simpo": lambda f: f(w, l, beta=2.0, gamma=1.0, **by),
         "orpo": lambda f: f(w, l, lam=0.1, **by),
         "rdpo": lambda f: f(w, l, rw, rl, beta=0.1, alpha=0.01, **by),
+        "sigmoid_norm": lambda f: f(w, l, rw, rl, beta=0.1, **by),
         "cpo": lambda f: f(w, l, beta=0.1, nll_weight=1.0, **by),
         "exo_pair": lambda f: f(w, l, rw, rl, beta=0.1, epsilon=0.001),
         "discopop": lambda f: f(w, l, rw, rl, beta=0.1, tau=0.05),
         "apo_zero_unpaired": lambda f: f(logps, ref, labels, beta=0.1),
         **dict.fromkeys(
-            ("nca", "robust", "sppo_hard", "bco_pair", "apo_zero", "apo_down"), lambda f: f(w, l, rw, rl, beta=0.1)
+            ("nca", "robust", "sppo_hard", "bco_pair", "apo_zero", "apo_down", "hinge", "aot", "aot_unpaired"),
+            lambda f: f(w, l, rw, rl, beta=0.1),
         ),
     }[name](OBJECTIVES[name].loss)  # fmt: skip
     assert torch.allclose(loss, expected.loss, rtol=1e-6, atol=reward_error(float(logps.detach().abs().max())))
@@ -95,7 +97,11 @@ def test_the_loss_of_a_batch_is_the_objectives(tmp_path, name):
     assert theirs.norm() > 0
 
 
-@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
+OF_A_STEP = [name for name, objective in OBJECTIVES.items() if not objective.batchwise]
+"""Whose loss does not depend on how a step is split."""
+
+
+@pytest.mark.parametrize("name", slow_but(OF_A_STEP))
 def test_accumulation_changes_nothing(tmp_path, name):
     """8x1 = 3x3: micro-batches of 3, 3 and 2 rows make the step of 8 rows, whatever each of them holds."""
     options = {"kto": {"desirable_weight": "auto"}, "bce": {"reduction": "class_mean"}, "bco": {"reduction": "class_mean"}}  # fmt: skip
@@ -137,7 +143,7 @@ def test_kto_logs_its_reference_point_over_the_whole_step(tmp_path):
     assert abs(kl) > 100 * error
 
 
-@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
+@pytest.mark.parametrize("name", slow_but(OF_A_STEP))
 def test_evaluation_is_the_loss_of_the_whole_set(tmp_path, name):
     """21 rows in batches of 8, 8 and 5: no mean of means."""
     trainer = _trainer(tmp_path, name, max_steps=2, per_device_eval_batch_size=8, **EXTRA.get(name, {}))
@@ -148,6 +154,28 @@ def test_evaluation_is_the_loss_of_the_whole_set(tmp_path, name):
         expected = float(trainer.compute_loss(trainer.model, whole))
     assert math.isclose(metrics["eval_loss"], expected, rel_tol=1e-5)
     assert 0 <= metrics["eval_rewards/auc"] <= 1
+
+
+def test_aot_says_that_it_sorts_micro_batches_and_takes_no_weights(tmp_path, caplog):
+    trainer = _trainer(
+        tmp_path, "aot", rows=8, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1
+    )
+    assert "aot sorts the 4 pairs of each micro-batch" in caplog.text
+    trainer.train()
+    assert math.isclose(_losses(trainer)[0], math.log(2), rel_tol=1e-5)
+    weighted = [{**pair, "weight": 0.5} for pair in tiny.pairs(8)]
+    with pytest.raises(ValueError, match="its costs belong to no row: leave out the weights"):
+        _trainer(tmp_path, "aot", data=weighted)
+
+
+def test_f_divergence_reaches_the_loss(tmp_path):
+    options = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2}
+    trainer = _trainer(tmp_path, "dpo", rows=8, ref_model=_elsewhere("dpo"), **options)
+    batch = collate([trainer.train_dataset[i] for i in range(4)], 1)
+    sums = completion_sums(trainer.model, batch).chunk(2)
+    expected = losses.dpo_loss(*sums, *batch["ref_logps"].chunk(2), divergence="alpha_divergence", divergence_alpha=0.2)
+    assert torch.allclose(trainer.compute_loss(trainer.model, batch), expected.loss, rtol=1e-5)
+    assert not torch.allclose(expected.loss, losses.dpo_loss(*sums, *batch["ref_logps"].chunk(2)).loss, rtol=1e-2)
 
 
 def test_pairs_train_unpaired_objectives_too(tmp_path):
@@ -228,6 +256,15 @@ def test_the_reference_is_skipped_where_nobody_reads_it(tmp_path):
         ({"loss_type": "sft", "reduction": "class_mean"}, "sft does not read reduction"),
         ({"loss_type": "dpo", "gamma": 0.5}, "dpo does not read gamma"),
         ({"loss_type": "simpo", "gamma": -0.5}, "gamma must be >= 0"),
+        ({"loss_type": "nca", "f_divergence_type": "forward_kl"}, "nca does not read f_divergence_type"),
+        ({"loss_type": "dpo", "f_divergence_type": "kl"}, "f_divergence_type must be one of reverse_kl, forward_kl"),
+        (
+            {"loss_type": "dpo", "f_alpha_divergence_coef": 0.3},
+            "is for f_divergence_type alpha_divergence, not reverse_kl",
+        ),
+        ({"loss_type": "dpo", "f_alpha_divergence_coef": math.nan}, "f_alpha_divergence_coef must be finite"),
+        ({"loss_type": "aot", "per_device_train_batch_size": 1}, "aot sorts the pairs of a micro-batch"),
+        ({"loss_type": "aot", "tokens_per_batch": 64}, "aot sorts the pairs of a micro-batch"),
         ({"loss_type": "kto", "shift_mode": "ema"}, "kto does not read shift_mode"),
         ({"loss_type": "bnf", "beta": 0.1}, "bnf has no beta"),
         ({"loss_type": "slic", "slic_delta": 0.0}, "slic_delta must be > 0"),

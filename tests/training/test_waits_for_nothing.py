@@ -72,7 +72,11 @@ class Trunk(nn.Module):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_waits_for_nothing(name, packed, tmp_path, monkeypatch):
-    options = {"padding_free": True, "tokens_per_batch": 32} if packed else {"per_device_train_batch_size": 4}
+    by_tokens = packed and not OBJECTIVES[name].batchwise
+    options = {
+        "padding_free": packed,
+        **({"tokens_per_batch": 32} if by_tokens else {"per_device_train_batch_size": 4}),
+    }
     trainer = FeedbackTrainer(
         tiny.model(),
         config(tmp_path, loss_type=name, gradient_accumulation_steps=2, **options),
