@@ -18,6 +18,9 @@ def shifts(arguments: list[str]) -> dict:
     parser.add_argument("--output_dir", required=True, help="for shifts.json and shifts.png")
     parser.add_argument("--max_length", type=int, default=1024, help="longest row, tokens")
     parser.add_argument(
+        "--deciles_of", help="shifts.json of another policy: shares of the tokens in its deciles, as in BNF's Fig. 4"
+    )
+    parser.add_argument(
         "--tokens_per_batch", type=int, default=2048, help="padded positions whose logits are in memory at once"
     )
     common.add_model_options(parser, dtype="float32")  # bfloat16 logits are rounded to 8 bits, and shifts are small
@@ -26,12 +29,14 @@ def shifts(arguments: list[str]) -> dict:
     from ..data.rows import read_rows, unpair
     from ..data.sources import FeedbackError
     from ..data.tokenize import tokenize_rows
-    from ..evaluation.shifts import SERIES, describe, write
+    from ..evaluation.shifts import SERIES, ShiftError, describe, read_deciles, write
 
     if options.tokens_per_batch < 1:
         raise common.UsageError(f"--tokens_per_batch must be at least 1, not {options.tokens_per_batch}")
     common.check_input("--data", options.data)
     common.check_writable("--output_dir", options.output_dir)
+    with common.usage_errors(ShiftError, prefix="--deciles_of "):
+        deciles = read_deciles(options.deciles_of) if options.deciles_of else []
     with common.usage_errors(ValueError, OSError):
         with common.usage_errors(FeedbackError, prefix="--data "):
             rows = unpair(read_rows(options.data, needs="texts"))
@@ -44,7 +49,7 @@ def shifts(arguments: list[str]) -> dict:
                 "--model and --ref_model have different tokenizers: their tokens cannot be compared"
             )
         examples = tokenize_rows(rows, tokenizer, max_length=options.max_length).examples
-        report = _compare_models(options, tokenizer, examples)
+        report = _compare_models(options, tokenizer, examples, deciles)
         write(report, options.output_dir)
     print(describe(report), flush=True)
     summary: dict = {"rows": len(examples), "tokens": report["tokens"]["all"]}
@@ -57,7 +62,7 @@ def shifts(arguments: list[str]) -> dict:
     return summary | {"output_dir": options.output_dir}
 
 
-def _compare_models(options: argparse.Namespace, tokenizer, examples) -> dict:
+def _compare_models(options: argparse.Namespace, tokenizer, examples, deciles: list[float]) -> dict:
     import numpy as np
 
     from ..data.tokenizer import pad_or_eos, positions
@@ -74,4 +79,4 @@ def _compare_models(options: argparse.Namespace, tokenizer, examples) -> dict:
     lengths = [len(e) - e.completion_start for e in examples]
     labels = np.repeat([e.label for e in examples], lengths)
     report = {"model": options.model, "ref_model": options.ref_model, "data": options.data, "rows": len(examples)}
-    return report | compare(*values, labels, lengths=lengths)
+    return report | compare(*values, labels, lengths=lengths, deciles=deciles)

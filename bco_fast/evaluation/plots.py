@@ -124,18 +124,21 @@ def plot_error_term(run: Run):
 
 def plot_divergence(run: Run):
     """BCO's Fig. 4a: −½ (mean log-ratio of thumbs up + that of thumbs down), which App. B takes for KL(π_ref ‖ π)."""
-    scale = run.nats
-    if scale is None:
+    if run.nats is None:
         return None
-    lines = []
-    for prefix, style in (("", _TRAINING), ("eval_", _HELD_OUT)):
-        up, down = (
-            dict(zip(*run.series(f"{prefix}rewards/{side}", -scale / 2), strict=True))
-            for side in ("chosen", "rejected")
-        )
-        steps = [step for step in up if step in down]
-        lines.append(((steps, [up[step] + down[step] for step in steps]), style))
-    return _lines("Estimate of KL(π_ref ‖ π) from the given completions", "nats per completion", lines, 0)
+    lines = [(_divergence(run), _TRAINING), (_divergence(run, "eval_"), _HELD_OUT)]
+    return _lines(DIVERGENCE, "nats per completion", lines, 0)
+
+
+DIVERGENCE = "Estimate of KL(π_ref ‖ π) from the given completions"
+
+
+def _divergence(run: Run, prefix: str = "") -> tuple[list, list]:  # steps, nats
+    up, down = (
+        dict(zip(*run.series(f"{prefix}rewards/{side}", -run.nats / 2), strict=True)) for side in ("chosen", "rejected")
+    )
+    steps = [step for step in up if step in down]
+    return steps, [up[step] + down[step] for step in steps]
 
 
 _WEIGHTS = ("bco", "bce", "kto", "una_binary_bce")
@@ -271,24 +274,29 @@ PLOTS: dict[str, tuple[Callable, str]] = {
 
 def compare(runs: Sequence[Run]) -> dict[str, tuple]:
     """Plots of several runs in one figure: name -> (figure, its description). Only quantities of one unit are compared."""
-    auc = _compared(runs, "eval_rewards/auc", "AUC of the held-out rewards", "AUC (0.5 = chance)")
+    held_out = [run.series("eval_rewards/auc") for run in runs]
+    auc = _compared(runs, held_out, "AUC of the held-out rewards", "AUC (0.5 = chance)")
     figures = {"auc": (auc, "AUC of the runs")}
     if all(run.loss_type in ("bco", "bce") for run in runs):
-        error = _compared(runs, "error_term", "Error term of the training batches", "gap between BCE and DPO")
+        terms = [run.series("error_term") for run in runs]
+        error = _compared(runs, terms, "Error term of the training batches", "gap between BCE and DPO")
         figures["error_term"] = error, "error terms of the runs"
-    scales = [run.nats for run in runs]
-    if None not in scales:
+    if all(run.nats is not None for run in runs):
         title, unit = "Margin of the training batches, as log-ratio", "nats per completion"
-        figures["margins"] = _compared(runs, "rewards/margins", title, unit, scales), "margins of the runs"
+        margins = [run.series("rewards/margins", run.nats) for run in runs]
+        figures["margins"] = _compared(runs, margins, title, unit), "margins of the runs"
+        divergences = [_divergence(run) for run in runs]
+        figures["divergence"] = _compared(runs, divergences, DIVERGENCE, unit), "estimates of the runs' KL divergence"
     if len({run.loss_type for run in runs}) == 1:
-        loss = _compared(runs, "loss", "Loss of the training batches", _loss_unit(runs[0].loss_type))
+        losses = [run.series("loss") for run in runs]
+        loss = _compared(runs, losses, "Loss of the training batches", _loss_unit(runs[0].loss_type))
         figures["loss"] = loss, "losses of the runs"
     return {name: pair for name, pair in figures.items() if pair[0] is not None}
 
 
-def _compared(runs: Sequence[Run], key: str, title: str, unit: str, scales: Sequence[float] | None = None):
+def _compared(runs: Sequence[Run], series: Sequence[tuple[list, list]], title: str, unit: str):
     lines = []
-    for i, run in enumerate(runs):
+    for i, (run, values) in enumerate(zip(runs, series, strict=True)):
         style = {"color": RUNS[i % len(RUNS)], "linestyle": STYLES[(i // len(RUNS) + i) % len(STYLES)]}
-        lines.append((run.series(key, scales[i] if scales else 1.0), style | {"label": _words(run.name)}))
+        lines.append((values, style | {"label": _words(run.name)}))
     return _lines(title, unit, lines)

@@ -1,5 +1,5 @@
 """What alignment did to the tokens: shifts of log-likelihood and logits between policy and reference, and their Gini
-coefficient (BNF, arXiv 2410.04834, Fig. 3).
+coefficient (BNF, arXiv 2410.04834, Fig. 3 and 4).
 
 For each completion token, policy minus reference of
 
@@ -33,8 +33,18 @@ from ..data.samplers import token_batches
 from ..files import atomic_path, atomic_text
 
 SERIES = {"logp": "log-likelihood", "logit": "logit of the token", "mean_logit": "mean logit"}
+RESPONSES = {
+    "response_logp": "|Δ log-likelihood|, nats (3a)",
+    "response_logit": "|Δ logit|, sum over the tokens (3b)",
+    "response_logp_per_token": "|Δ log-likelihood| per token, nats (3d)",
+    "response_logit_per_token": "|Δ logit| per token (3e)",
+    "response_logit_gini": "Gini coefficient of |Δ logit| (3f)",
+}
+"""Of each response, with its panel in Fig. 3."""
 ROWS = 256
 """Positions whose logits are held in float32 at a time."""
+POINTS = 2000
+"""Responses in the report's scatter (3c); beyond, every nth."""
 
 
 class ShiftError(ValueError):
@@ -124,20 +134,29 @@ def gini(values: np.ndarray) -> float:
 
 
 def compare(
-    policy: TokenValues, reference: TokenValues, labels: np.ndarray, *, bins: int = 60, lengths: Sequence[int] = ()
+    policy: TokenValues,
+    reference: TokenValues,
+    labels: np.ndarray,
+    *,
+    bins: int = 60,
+    lengths: Sequence[int] = (),
+    deciles: Sequence[float] = (),
 ) -> dict:
     """The report: for each of `SERIES` the shifts by class, and those of whole responses.
 
     Args:
         labels: [tokens] bool, True for tokens of a thumbs up.
         lengths: tokens of each response, for `responses`.
-        bins: of the histograms, between the 0.5 and 99.5 % quantile of all tokens; the outer bins include the values
-            beyond.
+        bins: of the tokens' histograms, between the 0.5 and 99.5 % quantile of all tokens; the outer bins include the values
+            beyond. Histograms of responses have a third as many, from the smallest to the largest value.
+        deciles: the nine of another policy's log-likelihood shifts, which is then the yardstick of BNF's Fig. 4.
 
     Returns:
         {"tokens": {up, down, all}, "shifts": {series: {"up", "down", "all": {"mean", "std", "mean_absolute", "gini",
         "quantiles": {"1" ... "99"}, "histogram": counts}, "edges"}}}. A class without tokens is None, and
-        so is the Gini coefficient if nothing shifted. With lengths also {"responses": ...} of `response_shifts`.
+        so is the Gini coefficient if nothing shifted. "deciles" are the nine of all tokens' log-likelihood shifts. With
+        lengths also {"responses": ...} of `response_shifts`, "response_histograms" of the same values and "scatter"; with
+        deciles "shares", the ten shares of this policy's tokens between them, 0.1 each for the yardstick itself.
     """
     labels = np.asarray(labels, dtype=bool)
     classes = {"up": labels, "down": ~labels, "all": np.ones(len(labels), dtype=bool)}
@@ -152,26 +171,71 @@ def compare(
         edges = np.linspace(low, high, bins + 1)
         parts = {name: _summary(shift[where], edges) for name, where in classes.items()}
         report["shifts"][series] = parts | {"edges": edges.tolist()}
-    return report | ({"responses": response_shifts(policy, reference, lengths)} if len(lengths) else {})
+    shift = policy.logp - reference.logp
+    report["deciles"] = np.quantile(shift, np.arange(1, 10) / 10).tolist()
+    if len(deciles):
+        places = np.searchsorted(deciles, shift, side="right")
+        report["shares"] = (np.bincount(places, minlength=len(deciles) + 1) / len(shift)).tolist()
+    return report | (_responses(policy, reference, lengths, max(bins // 3, 1)) if len(lengths) else {})
 
 
-def response_shifts(policy: TokenValues, reference: TokenValues, lengths: Sequence[int]) -> dict[str, float | None]:
-    """Means over responses, as BNF's Fig. 3 has them (arXiv 2410.04834).
+def _responses(policy: TokenValues, reference: TokenValues, lengths: Sequence[int], bins: int) -> dict:
+    values = response_values(policy, reference, lengths)
+    histograms = {}
+    for name, found in values.items():
+        found = found[np.isfinite(found)]
+        counts, edges = np.histogram(found, bins) if len(found) else (np.zeros(0, int), np.zeros(0))
+        histograms[name] = {"edges": edges.tolist(), "histogram": counts.tolist()}
+    stride = -(-len(lengths) // POINTS)
+    points = {name: values[f"response_{name}"][::stride].tolist() for name in ("logit", "logp")}
+    return {"responses": _means(values), "response_histograms": histograms, "scatter": points}
+
+
+def response_values(policy: TokenValues, reference: TokenValues, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """[responses] each, as BNF's Fig. 3 has them (arXiv 2410.04834).
 
     Returns:
-        response_logp: |sum of the log-likelihood shifts|, nats (Fig. 3a); response_logp_per_token: that over the tokens (3d);
-        response_logit_per_token: mean |logit shift| (3e); response_logit_gini: Gini coefficient of |logit shift| (3f), None if
-        no logit has shifted.
+        response_logp: |sum of the log-likelihood shifts|, nats (Fig. 3a); response_logit: sum of |logit shift| (3b);
+        response_logp_per_token and response_logit_per_token: these over the number of tokens (3d, 3e); response_logit_gini:
+        Gini coefficient of |logit shift| (3f), NaN if no logit has shifted.
     """
     cuts = np.cumsum(lengths)[:-1]
     logp, logit = (np.split(getattr(policy, n) - getattr(reference, n), cuts) for n in ("logp", "logit"))
-    concentration = [value for value in (gini(np.abs(part)) for part in logit) if not math.isnan(value)]
-    return {
-        "response_logp": float(np.mean([abs(part.sum()) for part in logp])),
-        "response_logp_per_token": float(np.mean([abs(part.mean()) for part in logp])),
-        "response_logit_per_token": float(np.mean([np.abs(part).mean() for part in logit])),
-        "response_logit_gini": float(np.mean(concentration)) if concentration else None,
+    sums = {
+        "response_logp": np.array([abs(part.sum()) for part in logp]),
+        "response_logit": np.array([np.abs(part).sum() for part in logit]),
     }
+    per_token = {f"{name}_per_token": values / np.asarray(lengths) for name, values in sums.items()}
+    return sums | per_token | {"response_logit_gini": np.array([gini(np.abs(part)) for part in logit])}
+
+
+def response_shifts(policy: TokenValues, reference: TokenValues, lengths: Sequence[int]) -> dict[str, float | None]:
+    """Means of `response_values`; of the Gini coefficients that exist, None if no logit has shifted."""
+    return _means(response_values(policy, reference, lengths))
+
+
+def _means(values: dict[str, np.ndarray]) -> dict[str, float | None]:
+    found = {name: values[name][np.isfinite(values[name])] for name in RESPONSES}
+    return {name: float(some.mean()) if len(some) else None for name, some in found.items()}
+
+
+def read_deciles(path: str | os.PathLike) -> list[float]:
+    """Of the shifts.json of another policy, or its folder.
+
+    Raises:
+        ShiftError: it cannot be read, or holds none.
+    """
+    path = Path(path)
+    path = path / "shifts.json" if path.is_dir() else path
+    try:
+        deciles = json.loads(path.read_text())["deciles"]
+        if len(deciles) != 9 or not all(math.isfinite(value) for value in deciles):
+            raise ValueError
+    except OSError as error:
+        raise ShiftError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ShiftError(f"{path} is no shifts.json with deciles: run bco-fast shifts for that policy") from None
+    return deciles
 
 
 def _summary(shift: np.ndarray, edges: np.ndarray) -> dict | None:
@@ -198,28 +262,58 @@ def write(report: dict, output_dir: str | os.PathLike) -> None:
 
 
 def plot(report: dict, path: str | os.PathLike) -> None:
-    """Histograms of the shifts by class, as shares of the class's tokens; PNG."""
+    """PNG: histograms of the shifts by class, as shares of the class's tokens; whole responses as in BNF's Fig. 3; shares of
+    another policy's deciles as in its Fig. 4, where the report has them."""
     from matplotlib.figure import Figure
 
-    from .plots import DOWN, UP
-
-    figure = Figure(figsize=(4.6 * len(SERIES), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(SERIES))
-    for axes, (series, title) in zip(panels, SERIES.items(), strict=True):
-        part = report["shifts"][series]
-        edges = np.array(part["edges"])
-        for name, label, color in (("up", "thumbs up", UP), ("down", "thumbs down", DOWN)):
-            if part[name] is not None:
-                counts = np.array(part[name]["histogram"])
-                coefficient = part[name]["gini"]
-                note = "" if coefficient is None else f", Gini {coefficient:.2f}"
-                axes.stairs(counts / counts.sum(), edges, label=label + note, color=color, fill=True, alpha=0.45)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(title=f"Shift of {title}", xlabel="policy minus reference", ylabel="share of tokens")
-        axes.margins(y=0.25)
-        axes.legend(loc="upper center", ncols=1, fontsize="small")
+    whole = "responses" in report
+    rows = 1 + 2 * whole + ("shares" in report)
+    figure = Figure(figsize=(4.6 * len(SERIES), 3.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, len(SERIES), squeeze=False)
+    for axes, series in zip(panels[0], SERIES, strict=True):
+        _draw_tokens(axes, report, series)
+    if whole:
+        names = iter(RESPONSES)
+        for axes in [*panels[1, :2], *panels[2]]:
+            name = next(names)
+            _draw_responses(axes, report["response_histograms"][name], RESPONSES[name])
+        axes, points = panels[1, 2], report["scatter"]
+        axes.scatter(points["logp"], points["logit"], s=12, alpha=0.5)
+        axes.set(title="Logit shift against log-likelihood shift (3c)", xlabel="|Δ log-likelihood|", ylabel="|Δ logit|")
+    if "shares" in report:
+        axes, *rest = panels[-1]
+        axes.bar(range(1, 11), report["shares"])
+        axes.axhline(0.1, color="black", linewidth=0.8)
+        axes.set(title="Token shifts in the deciles of another policy", xlabel="its decile", ylabel="share of tokens")
+        for empty in rest:
+            empty.set_axis_off()
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_tokens(axes, report: dict, series: str) -> None:
+    from .plots import DOWN, UP
+
+    part = report["shifts"][series]
+    edges = np.array(part["edges"])
+    one_class = part["down"] is None
+    for name, label, color in (("up", "all tokens" if one_class else "thumbs up", UP), ("down", "thumbs down", DOWN)):
+        if part[name] is not None:
+            counts = np.array(part[name]["histogram"])
+            coefficient = part[name]["gini"]
+            note = "" if coefficient is None else f", Gini {coefficient:.2f}"
+            axes.stairs(counts / counts.sum(), edges, label=label + note, color=color, fill=True, alpha=0.45)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(title=f"Shift of {SERIES[series]}", xlabel="policy minus reference", ylabel="share of tokens")
+    axes.margins(y=0.25)
+    axes.legend(loc="upper center", ncols=1, fontsize="small")
+
+
+def _draw_responses(axes, part: dict, title: str) -> None:
+    if part["histogram"]:
+        axes.stairs(part["histogram"], part["edges"], fill=True, alpha=0.6)
+    axes.set(title=f"Responses: {title}", ylabel="responses")
 
 
 def describe(report: dict) -> str:
@@ -231,4 +325,10 @@ def describe(report: dict) -> str:
                 numbers = "".join(f"{part[value]:>10.4f}" for value in ("mean", "std", "mean_absolute"))
                 coefficient = "-" if part["gini"] is None else f"{part['gini']:.3f}"
                 lines.append(f"{title + ', ' + label:32}{report['tokens'][name]:>6}{numbers}{coefficient:>8}")
+    for name, title in RESPONSES.items():
+        value = report.get("responses", {}).get(name)
+        lines.append(f"{'response, ' + title:52}{'-' if value is None else format(value, '.4f'):>10}")
+    if "shares" in report:
+        shares = " ".join(f"{share:.3f}" for share in report["shares"])
+        lines.append(f"shares of the tokens in the other policy's deciles: {shares}")
     return "\n".join(lines)

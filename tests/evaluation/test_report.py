@@ -572,6 +572,13 @@ def test_the_divergence_is_minus_half_of_both_log_ratios(tmp_path):
     (line,) = [line for line in plots.plot_divergence(run).axes[0].lines if line.get_label() == "training batches"]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [pytest.approx(2.0)])
     assert plots.plot_divergence(_made(tmp_path, reference=False)) is None
+    figures = plots.compare(
+        [run, _made(tmp_path, [{"step": 1, "rewards/chosen": -0.2, "rewards/rejected": 0.0}], beta=0.5)]
+    )
+    assert [list(line.get_ydata()) for line in figures["divergence"][0].axes[0].lines] == [
+        [pytest.approx(2.0)],
+        [pytest.approx(0.2)],
+    ]
 
 
 def test_kto_lets_go_of_the_rewards_that_are_most_wrong(tmp_path):

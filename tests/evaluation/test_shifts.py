@@ -13,7 +13,17 @@ from bco_fast.data.rows import read_rows
 from bco_fast.data.sources import FeedbackError
 from bco_fast.data.tokenize import load_feedback
 from bco_fast.evaluation import shifts as module
-from bco_fast.evaluation.shifts import SERIES, ShiftError, TokenValues, compare, gini, token_values
+from bco_fast.evaluation.shifts import (
+    RESPONSES,
+    SERIES,
+    ShiftError,
+    TokenValues,
+    compare,
+    gini,
+    read_deciles,
+    response_values,
+    token_values,
+)
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +136,9 @@ def test_shifts_from_the_command_line(folders, tmp_path, capfd):
     data = tiny.write(tmp_path / "feedback.jsonl", tiny.rows(30))
     arguments = ["shifts", "--model", folders / "policy", "--ref_model", folders / "reference", "--data", data,
                  "--output_dir", tmp_path / "out", "--max_length", 64]  # fmt: skip
-    assert cli.main(list(map(str, arguments))) == 0
+    yardstick = [0.0] * 9
+    (tmp_path / "other.json").write_text(json.dumps({"deciles": yardstick}))
+    assert cli.main([*map(str, arguments), "--deciles_of", str(tmp_path / "other.json")]) == 0
     out = capfd.readouterr().out
     summary = json.loads(out.strip().splitlines()[-1])
     report = json.loads((tmp_path / "out" / "shifts.json").read_text())
@@ -141,9 +153,12 @@ def test_shifts_from_the_command_line(folders, tmp_path, capfd):
     assert summary["logp_mean_up"] == pytest.approx(expected[0].mean(), abs=1e-5)
     assert summary["mean_logit_gini_up"] == pytest.approx(gini(np.abs(expected[2])), abs=1e-4)
     assert "log-likelihood, thumbs up" in out
+    assert report["shares"][0] + report["shares"][-1] == 1  # below 0 and from 0 on
+    assert sum(report["response_histograms"]["response_logit_gini"]["histogram"]) == 30
 
 
-def test_a_model_has_no_shift_against_itself(folders, tmp_path, capfd):
+def test_a_model_has_no_shift_against_itself(folders, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("bco_fast.evaluation.shifts.plot", lambda report, path: path.touch())
     data = tiny.write(tmp_path / "feedback.jsonl", tiny.rows(30))
     arguments = ["shifts", "--model", folders / "policy", "--ref_model", folders / "policy", "--data", data,
                  "--output_dir", tmp_path / "out"]  # fmt: skip
@@ -158,6 +173,7 @@ BAD = {
     "no model": ({"ref_model": "./nowhere"}, "./nowhere"),
     "another tokenizer": ({"ref_model": "{other}"}, "different tokenizers"),
     "no batch": ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"),
+    "no deciles": ({"deciles_of": "./nowhere.json"}, "--deciles_of nowhere.json: No such file"),
     "no room": ({"max_length": 1}, "max_length must be at least 2"),
 }
 
@@ -192,10 +208,48 @@ def test_whole_responses_by_hand():
     found = compare(policy, TokenValues(zeros, zeros, zeros), np.ones(3, dtype=bool), lengths=[2, 1])["responses"]
     assert found == {
         "response_logp": (2.0 + 0.5) / 2,
+        "response_logit": (2.0 + 4.0) / 2,
         "response_logp_per_token": (1.0 + 0.5) / 2,
         "response_logit_per_token": (1.0 + 4.0) / 2,
         "response_logit_gini": (0.5 + 0.0) / 2,
     }
+
+
+def test_each_response_is_in_a_histogram():
+    """The counts behind the panels of Fig. 3, and its scatter."""
+    rng = np.random.default_rng(0)
+    policy, lengths = TokenValues(*rng.normal(size=(3, 30))), [1, 2, 3, 4] * 3
+    zeros = TokenValues(*np.zeros((3, 30)))
+    report = compare(policy, zeros, np.ones(30, dtype=bool), lengths=lengths)
+    values = response_values(policy, zeros, lengths)
+    for name in RESPONSES:
+        part = report["response_histograms"][name]
+        assert sum(part["histogram"]) == 12
+        assert (part["edges"][0], part["edges"][-1]) == (values[name].min(), values[name].max())
+    assert report["scatter"]["logp"] == [abs(x.sum()) for x in np.split(policy.logp, np.cumsum(lengths)[:-1])]
+    same = compare(zeros, zeros, np.ones(30, dtype=bool), lengths=lengths)
+    assert same["responses"]["response_logit_gini"] is None
+    assert same["response_histograms"]["response_logit_gini"] == {"edges": [], "histogram": []}
+
+
+def test_shares_of_another_policys_deciles(tmp_path):
+    """BNF's Fig. 4: a policy that moves half as far has its tokens in the middle; the yardstick itself a tenth in each."""
+    shift, zeros = np.random.default_rng(0).normal(size=1000), np.zeros((3, 1000))
+    yardstick = compare(TokenValues(shift, *zeros[:2]), TokenValues(*zeros), np.ones(1000, dtype=bool))
+    (tmp_path / "shifts.json").write_text(json.dumps(yardstick))
+    deciles = read_deciles(tmp_path)
+    for scale, middle in ((1.0, 0.2), (0.5, None)):
+        made = TokenValues(scale * shift, *zeros[:2])
+        shares = compare(made, TokenValues(*zeros), np.ones(1000, dtype=bool), deciles=deciles)["shares"]
+        assert sum(shares) == pytest.approx(1)
+        if middle:
+            assert shares == pytest.approx([0.1] * 10)
+        else:
+            assert min(shares[4:6]) > 0.15 > 0.05 > max(shares[0], shares[-1])
+    for content in ("{}", '{"deciles": [1]}', "no json"):
+        (tmp_path / "shifts.json").write_text(content)
+        with pytest.raises(ShiftError, match=r"is no shifts\.json with deciles"):
+            read_deciles(tmp_path / "shifts.json")
 
 
 def test_labels_may_be_missing():
