@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,18 +33,19 @@ PREFIX = "segments|"
 """Of the name of an attention implementation that knows segments; what follows is the model's own."""
 
 
-def segment_mask(segments: Segments, device: torch.device, *, recompute: bool = False) -> Tensor:
+def segment_mask(segments: Segments, device: torch.device, *, regather: bool = False) -> Tensor:
     """The attention mask that carries segments to the layers.
 
     Args:
         segments, device: of the row of tokens.
-        recompute: a completion shorter than its prompt gathers keys and values again in the backward. Otherwise it would
-            keep a copy of its prompt's, as if that were not shared. Of no use where whole layers are computed again.
+        regather: gather the keys and values of a prompt and its completion again in the backward. Otherwise every
+            completion would keep a copy of its prompt's, as if that were not shared. Of no use where whole layers are
+            computed again.
     """
     segments.kept = {} if segments.continued else None
     mask = torch.empty((1, 1, 1, segments.parts[-1].stop), dtype=torch.bool, device=device)
     mask.segments = segments
-    mask.recompute = recompute
+    mask.regather = regather
     mask.masks = {}  # made by the first layer that needs them, used by all
     return mask
 
@@ -94,26 +94,86 @@ def _attention(base: str) -> Callable:
             segments.kept[module] = key.detach(), value.detach()
         keys, values = (_paths(segments, own, other) for own, other in zip((key, value), before, strict=True))
         if flash:
-            together = (torch.cat(list(itertools.chain.from_iterable(paths)), dim=2) for paths in (keys, values))
-            with _named(module.config, base, flash):
-                return run(module, query, *together, None, **options, **_lengths(masks, segments, query.device))
+            together = [list(itertools.chain.from_iterable(paths)) for paths in (keys, values)]
+            with _named(module.config, base, flash), _Gathered(attention_mask.regather) as gathered:
+                lengths = _lengths(masks, segments, query.device)
+                return run(module, query, *map(gathered, together), None, **options, **lengths)
         outputs = []
         queries = query.split([part.stop - part.start for part in segments.parts], dim=2)
-        recompute = attention_mask.recompute and torch.is_grad_enabled()
         for segment, own, *path in zip(segments.parts, queries, keys, values, strict=True):
             mask = _mask(masks, segment, options.get("sliding_window"), query, additive=base == "eager")
-            attend = functools.partial(_attend, functools.partial(run, module), mask, options)
-            if recompute and _prompt_length(segment) > segment.stop - segment.start:
-                attend = functools.partial(checkpoint, attend, use_reentrant=False)
-            outputs.append(attend(own, *path))
+            with _Gathered(attention_mask.regather and segment.prompt is not None) as gathered:
+                layer = gathered.spread_over(module, query.shape[1] // key.shape[1])
+                outputs.append(run(layer, own, *map(gathered, path), mask, **options)[0])
         return torch.cat(outputs, dim=1), None  # [1, T, heads, head size]
 
     return attention
 
 
-def _attend(run: Callable, mask: Tensor | None, options: dict, query: Tensor, *path: list[Tensor]) -> Tensor:
-    """One segment's attention; path: the pieces of its keys, and those of its values."""
-    return run(query, *(torch.cat(pieces, dim=2) for pieces in path), mask, **options)[0]
+class _Gathered(torch.autograd.graph.saved_tensors_hooks):
+    """Called with pieces of keys or values, it joins them. Where attention saves the result for its backward, it keeps the
+    pieces, which others keep anyway, and joins them again then."""
+
+    def __init__(self, on: bool):
+        self.on = on and torch.is_grad_enabled()
+        self.groups = 1
+        self.made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        """By address. The tensor stays with it, or another one could get the address before all is saved."""
+        super().__init__(self._pack, self._unpack)
+
+    def __enter__(self) -> _Gathered:
+        if self.on:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.on:
+            super().__exit__(*exception)
+            self.made.clear()
+
+    def spread_over(self, module: nn.Module, groups: int) -> object:
+        """The layer, for its attention function. Where that would copy each key for a group of query heads, the copies are
+        made here, so that they are not kept either."""
+        if not self.on or getattr(module, "num_key_value_groups", 1) != groups:
+            return module
+        self.groups = groups
+        return _Ungrouped(module)
+
+    def __call__(self, pieces: list[Tensor]) -> Tensor:
+        joined = _join(pieces, self.groups)
+        if self.on:
+            again = functools.partial(_join, [piece.detach() for piece in pieces], self.groups)
+            self.made[joined.untyped_storage().data_ptr()] = joined, again
+        return joined
+
+    def _pack(self, saved: Tensor) -> object:
+        _, again = self.made.get(saved.untyped_storage().data_ptr(), (None, None))
+        return saved if again is None else (again, saved.shape, saved.stride(), saved.storage_offset())
+
+    @staticmethod
+    def _unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        again, *view = packed
+        return again().as_strided(*view)
+
+
+class _Ungrouped:
+    """A layer whose every query head has keys of its own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.layer, name)
+
+
+def _join(pieces: list[Tensor], groups: int) -> Tensor:
+    """[1, heads, n, size] each, end to end and every head `groups` times."""
+    joined = torch.cat(pieces, dim=2)
+    return joined if groups == 1 else joined.repeat_interleave(groups, dim=1)
 
 
 @contextlib.contextmanager

@@ -288,7 +288,7 @@ def forward_logps(
     if segmented:
         whole_layers = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         device = batch["input_ids"].device
-        inputs["attention_mask"] = segment_mask(batch["segments"], device, recompute=not whole_layers)
+        inputs["attention_mask"] = segment_mask(batch["segments"], device, regather=not whole_layers)
     asked = {TARGETS: batch["targets"]} | ({ROWS: batch["rows"]} if "rows" in batch else {})
     if return_entropy:
         asked[ENTROPY] = True

@@ -17,8 +17,7 @@ from bco_fast.data.batch import collate, collate_tokens, layout_tokens
 from bco_fast.data.dataset import Example, Item
 from bco_fast.data.samplers import GroupedSampler, token_batches
 from bco_fast.losses import OBJECTIVES
-from bco_fast.models import attention
-from bco_fast.models.attention import knows_segments, use_segments
+from bco_fast.models.attention import _Gathered, knows_segments, use_segments
 from bco_fast.models.patch import completion_logps
 from bco_fast.reference.fill import fill
 from bco_fast.reference.identity import reference_id
@@ -212,24 +211,30 @@ def test_it_goes_with_what_else_saves_memory(tmp_path, options):
     assert other.norm() > 0
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_no_completion_keeps_the_keys_of_its_prompt(checkpointed, monkeypatch):
-    """Gathered for the backward, they would cost what the prompts that are not repeated had saved; and attention runs at
-    most twice, also where whole layers are computed again."""
-    model = patch_model(tiny.model()).train()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_completion_keeps_the_keys_of_its_prompt(attention):
+    """Gathered for the backward, they would cost what prompts that are not repeated had saved."""
+    model = patch_model(tiny.model(attn_implementation=attention)).train()
     use_segments(model)
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-    calls, kept, real = [], set(), attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *args: calls.append(len(args)) or real(*args))
     prompt = np.arange(2, 33, dtype=np.int32)
     examples = [Example(np.append(prompt, np.int32([i, i])), 31, True, 1.0) for i in range(2, 6)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(tuple(t.shape)) or t, lambda t: t):
-        logps = completion_logps(model, collate_tokens(examples, layout="shared"))
+    kept: dict[int, tuple] = {}
+
+    def packed(saved):
+        for tensor in saved if isinstance(saved, tuple) else (saved,):
+            if isinstance(tensor, torch.Tensor):
+                kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return saved
+
+    pack = _Gathered._pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Gathered, "_pack", lambda self, saved: packed(pack(self, saved)))
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda saved: saved):
+            logps = completion_logps(model, collate_tokens(examples, layout="shared"))
+    size = model.config.hidden_size // model.config.num_attention_heads
+    assert any(shape[-2:] == (2, size) for shape in kept.values()), "the completions' own queries"
+    assert not [shape for shape in kept.values() if 33 in shape and size in shape]
     logps.sum().backward()
-    assert not [shape for shape in kept if len(shape) == 4 and shape[2] == 31 + 2]
-    layers, segments = model.config.num_hidden_layers, 1 + len(examples)
-    assert len(calls) == layers * (2 * segments - (not checkpointed))  # of the prompt itself, only with its layer
 
 
 def test_the_cache_is_the_same_with_and_without(tmp_path):
