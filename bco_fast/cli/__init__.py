@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": ("--data FILE --recipe NAME --to KIND --output FILE", "a public dataset as feedback"),
     "udm": ("--data FILE --embedder tfidf --output FILE", "weights that match the prompts of both classes"),
     "merge": ("--model ADAPTER --output_dir DIR", "an adapter and its base as one model, for serving"),
+    "export": ("--model RUN --output_dir DIR", "weights and GGUF to serve, and the commands of vLLM and the Hub"),
     "report": ("RUN [RUN ...] [--output FILE.html]", "plots and a table of runs, on one page"),
     "bench": ("[--model PATH]", "what the fused head saves on this machine"),
     "generate": ("--model PATH --prompts FILE --output FILE", "completions, as AlpacaEval or Arena-Hard"),

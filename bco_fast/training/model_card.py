@@ -63,7 +63,8 @@ def model_card(record: Mapping, license: str | None = None) -> str:
     """README.md of a model.
 
     Args:
-        record: the record that `record.RunRecorder` keeps; it has no secrets and no absolute paths.
+        record: the record that `record.RunRecorder` keeps; it has no secrets and no absolute paths. `merged` in it says
+            that the adapter is part of the weights.
         license: the Hub's name of one, such as apache-2.0.
 
     Raises:
@@ -81,7 +82,7 @@ def model_card(record: Mapping, license: str | None = None) -> str:
         f"# {_text(name) or _text(record.get('architecture', 'A language model'))} aligned with {loss_type.upper()}",
         f"{_code(name) if name else 'A model'} ({_code(record.get('architecture', 'unknown'))}), aligned from "
         f"{'pairs of completions' if record.get('data_kind') == 'pairs' else 'judged completions'} with bco_fast; "
-        f"{'a LoRA adapter' if record.get('adapter') else 'all of its weights' if trained == whole else 'part of its weights'}, {trained:,} of {whole:,} parameters.",
+        f"{_trained_part(record)}, {trained:,} of {whole:,} parameters.",
         "## Objective",
         f"`{loss_type}`: {formula}" + (f"; β = {record['beta']:g}" if record.get("beta") is not None else "") + "  ",
         source + (f" (<https://arxiv.org/abs/{arxiv.group()}>)" if arxiv else ""),
@@ -103,9 +104,17 @@ def model_card(record: Mapping, license: str | None = None) -> str:
     return "\n\n".join(part for part in parts if part).replace("  \n\n", "  \n") + "\n"
 
 
+def _trained_part(record: Mapping) -> str:
+    if record.get("adapter"):
+        return "a LoRA adapter, merged into its base" if record.get("merged") else "a LoRA adapter"
+    return (
+        "all of its weights" if record.get("trained_parameters") == record.get("parameters") else "part of its weights"
+    )
+
+
 def _front_matter(record: Mapping, license: str | None) -> str:
     name = str(record.get("model") or "")
-    lines = ["---", f"library_name: {'peft' if record.get('adapter') else 'transformers'}"]
+    lines = ["---", f"library_name: {'peft' if record.get('adapter') and not record.get('merged') else 'transformers'}"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # a Hub name; anything else would be a broken link
         lines.append(f"base_model: {json.dumps(name)}")
     if license is not None:

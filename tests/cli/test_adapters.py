@@ -77,6 +77,9 @@ def test_merge_computes_what_the_adapter_does(world, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "run.json"} <= names
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "a LoRA adapter, merged into its base" in card
+    assert "library_name: transformers" in card
     assert not {name for name in names if name.startswith("adapter")}
     base = AutoModelForCausalLM.from_pretrained(world / "models" / "m")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
@@ -95,6 +98,97 @@ def test_generate_reads_an_adapter(world, tmp_path):
         assert cli.main(["generate", "--model", str(model), "--output", str(tmp_path / "said"), *options]) == 0
         said.append(json.loads((tmp_path / "said").read_text())["completion"])
     assert said[0] == said[1]
+
+
+CONVERTER = """
+import sys
+model, outfile, outtype = sys.argv[1], sys.argv[3], sys.argv[5]
+assert open(model + "/config.json").read() and sys.argv[2::2] == ["--outfile", "--outtype"]
+open(outfile, "wb").write(b"GGUF" + outtype.encode())
+"""
+
+
+@pytest.fixture
+def export(tmp_path, capfd, monkeypatch):
+    """Run `export` without a converter on PATH; -> exit code, output lines, last line of the errors."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "convert.py").write_text(CONVERTER)
+
+    def run(model, *more, output_dir=tmp_path / "exported"):
+        code = cli.main(["export", "--model", str(model), "--output_dir", str(output_dir), *more])
+        out, err = capfd.readouterr()
+        return code, out.strip().splitlines(), (err.strip().splitlines() or [""])[-1]
+
+    return run
+
+
+def test_export_merges_an_adapter_and_prints_what_serves_it(world, tmp_path, export):
+    code, lines, _ = export(world / "runs" / "out", "--converter", str(tmp_path / "convert.py"), "--gguf", "q8_0", "--name", "my model")  # fmt: skip
+    assert code == 0
+    whole, gguf = tmp_path / "exported" / "model", tmp_path / "exported" / "my model.gguf"
+    assert gguf.read_bytes() == b"GGUFq8_0"
+    assert (whole / "model.safetensors").is_file()
+    assert not (whole / "adapter_config.json").exists()
+    assert sorted(path.name for path in gguf.parent.iterdir()) == ["model", "my model.gguf"], "nothing else is left"
+    text = "\n".join(lines)
+    assert f"vllm serve {whole} --served-model-name 'my model'" in text
+    assert "v1/completions" in text, "it was trained on text"
+    assert f"llama-server -m '{gguf}'" in text
+    assert f"hf upload YOUR_NAME/'my model' {whole} . --private" in text
+    assert json.loads(lines[-1]) == {"model": str(whole), "merged": True, "gguf": str(gguf), "output_dir": str(tmp_path / "exported")}  # fmt: skip
+
+
+def test_export_leaves_a_whole_model_where_it_is(world, tmp_path, export):
+    model = world / "models" / "m"
+    code, lines, _ = export(model)
+    assert code == 0
+    assert json.loads(lines[-1])["gguf"] is None
+    assert not (tmp_path / "exported").exists()
+    assert f"    vllm serve {model} --served-model-name m" in lines
+    assert (
+        f"    hf upload YOUR_NAME/m {model} . --private --exclude 'checkpoint-*' --exclude training_args.bin" in lines
+    )
+    # a converter on PATH is used without being named
+    (tmp_path / "bin").mkdir()
+    found = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    found.write_text("#!/usr/bin/env python3" + CONVERTER)
+    found.chmod(0o755)
+    assert export(model)[0] == 0
+    assert (tmp_path / "exported" / "m.gguf").read_bytes() == b"GGUFauto"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit('Model Foo is not supported')", "Model Foo is not supported"),
+        ("import no_such_module", "pip install no_such_module"),
+        ("pass", "it wrote no GGUF file"),
+        ("import sys; open(sys.argv[3], 'wb').write(b'half')", "it wrote no GGUF file"),
+    ],
+)
+def test_a_converter_that_fails_is_one_error(world, tmp_path, export, program, said):
+    (tmp_path / "convert.py").write_text(program)
+    code, _, error = export(world / "models" / "m", "--converter", str(tmp_path / "convert.py"))
+    assert code == 2
+    assert error.startswith(f"bco-fast: error: --converter {tmp_path / 'convert.py'} failed (exit code ")
+    assert said in error
+    assert not [path for path in tmp_path.rglob("*.gguf*") if path.is_file()]
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(world, tmp_path, export):
+    model = world / "models" / "m"
+    for arguments, said in [
+        ([tmp_path / "none"], "no such folder"),
+        ([tmp_path], "neither a model (config.json) nor an adapter"),
+        ([model, "--gguf", "f16"], "--gguf f16 needs llama.cpp's convert_hf_to_gguf.py, which is not on PATH"),
+        ([model, "--converter", str(tmp_path)], "convert_hf_to_gguf.py is not there"),
+        ([model, "--gguf", "none", "--converter", "x"], "leave one out"),
+    ]:
+        code, _, error = export(*arguments)
+        assert (code, error.startswith("bco-fast: error: ")) == (2, True)
+        assert said in error
+    code, _, error = export(model, output_dir=model)
+    assert (code, "is not empty" in error) == (2, True)
 
 
 def test_what_cannot_be_merged_is_refused(world, tmp_path, capfd):
