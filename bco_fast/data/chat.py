@@ -107,6 +107,26 @@ def conversation(prompt, completion, name: str) -> tuple[tuple[Message, ...], Me
     return tuple(context), last
 
 
+def sides_of(conversations: Sequence[tuple[tuple[Message, ...], Message]]) -> tuple[tuple[Message, ...], tuple]:
+    """(prompt, completions) of the conversations of one row: the last messages, where all before them is the same.
+
+    Where the two sides of a pair part earlier, and nobody but the assistant and its tools speaks from there on, their
+    completions begin there: with what it called, what came back, and what it made of that.
+
+    Raises:
+        RowError: somebody else speaks.
+    """
+    prompt = conversations[0][0]
+    if all(context == prompt for context, _ in conversations):
+        return prompt, tuple(last for _, last in conversations)
+    wholes = [(*context, last) for context, last in conversations]
+    shared = next(i for i, turn in enumerate(zip(*wholes, strict=False)) if any(m != turn[0] for m in turn))
+    rests = [whole[shared:] for whole in wholes]
+    if shared == 0 or any(r[0]["role"] != "assistant" or {m["role"] for m in r} - {*_REPLIES} for r in rests):
+        raise RowError("chosen and rejected differ before their last message, in more than calls of tools")
+    return wholes[0][:shared], tuple(rests)
+
+
 def as_tools(value) -> tuple[dict, ...] | None:
     """The functions a model may call, as the template takes them: JSON schemas, or one string of JSON."""
     if value is None or value == "":
@@ -217,10 +237,15 @@ class ChatEncoder:
         """Rows whose prompt the template does not render in full: by role, and "tools"."""
 
     def render(
-        self, prompt: Sequence[Message], completions: Sequence[Message], tools, variables: Mapping | None = None
+        self,
+        prompt: Sequence[Message],
+        completions: Sequence[Message | tuple[Message, ...]],
+        tools,
+        variables: Mapping | None = None,
     ) -> Rendering:
         """
         Args:
+            completions: each one message, or all that follow the prompt.
             variables: for the template (`as_variables`).
 
         Raises:
@@ -233,7 +258,8 @@ class ChatEncoder:
         self.left_out.update(_left_out(before, prompt, tools))
         parts = []
         for completion in completions:
-            whole = self._apply([*prompt, completion], tools, **given)
+            turns = [completion] if isinstance(completion, Mapping) else completion
+            whole = self._apply([*prompt, *turns], tools, **given)
             if not whole.startswith(before):
                 shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
                 raise RowError(

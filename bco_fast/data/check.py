@@ -148,8 +148,8 @@ def _special_texts(rows: Iterable[FeedbackRow], tokenizer) -> dict:
     found: Counter[str] = Counter()
     examples: list[str] = []
     for row in rows:
-        texts = [row.prompt] if isinstance(row.prompt, str) else [message.get("content", "") for message in row.prompt]
-        texts += [side if isinstance(side, str) else side.get("content", "") for side in row.completions]
+        parts = [[part] if isinstance(part, (str, Mapping)) else part for part in (row.prompt, *row.completions)]
+        texts = [turn if isinstance(turn, str) else turn.get("content", "") for part in parts for turn in part]
         match = next((match for text in texts if (match := pattern.search(text or ""))), None)
         if match:
             found["text" if isinstance(row.prompt, str) else "chat"] += 1

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .chat import Message, as_tools, as_variables, conversation
+from .chat import Message, as_tools, as_variables, conversation, sides_of
 from .labels import check_classes, label_column, label_of, parse_labels, short, thumb
 from .repeats import warn_of_repeats
 from .sources import FeedbackError, RowError, as_record, one_line, open_source, shortened
@@ -66,9 +66,9 @@ class FeedbackRow:
     """One validated row, still text: a prompt with one judged completion, or with a chosen and a rejected one."""
 
     prompt: str | tuple[Message, ...]
-    """A string; of a chat, all messages but the last."""
-    completions: tuple[str, ...] | tuple[Message, ...]
-    """One, or chosen and rejected; of a chat, each an assistant message."""
+    """A string; of a chat, all messages before the completions."""
+    completions: tuple[str, ...] | tuple[Message | tuple[Message, ...], ...]
+    """One, or chosen and rejected; of a chat, each an assistant message, or several messages where a pair parts earlier."""
     label: bool
     weight: float
     where: str
@@ -248,6 +248,23 @@ def with_our_names(record: Mapping, renamed: Mapping[str, str], found: Sequence[
     return {**rest, **{ours: record[name] for ours, name in renamed.items()}}
 
 
+def _implicit_prompt(record: Mapping) -> Mapping:
+    """A pair of texts without a prompt: it is the words with which both begin.
+
+    Raises:
+        RowError: there are none.
+    """
+    sides = [_text(record[name], name) for name in ("chosen", "rejected")]
+    differ = (i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b)
+    shared = next(differ, min(map(len, sides)))
+    if any(not text[shared : shared + 1].isspace() for text in sides):  # amid a word, or one text is all of it
+        shared = max((i for i, letter in enumerate(sides[0][:shared]) if letter.isspace()), default=0)
+    prompt = sides[0][:shared].rstrip()
+    if not prompt:
+        raise RowError(f"column 'prompt' is missing, and the two texts do not begin alike (found: {shortened(record)})")
+    return {**record, "prompt": prompt, "chosen": sides[0][len(prompt) :], "rejected": sides[1][len(prompt) :]}
+
+
 def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], found: Sequence[str] | None):
     # A table may hold pairs and single completions, with null where a column does not apply.
     either = record.get("chosen") is not None or record.get("rejected") is not None
@@ -257,6 +274,8 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
     if not pair and isinstance(record.get("messages"), (list, tuple)) and record.get("completion") is None:
         names = ("messages",)
     chat = any(isinstance(record.get(name), (list, tuple)) for name in ("prompt", *names))
+    if pair and not chat and record.get("prompt") is None and all(isinstance(record.get(name), str) for name in names):
+        record = _implicit_prompt(record)
     unlabelled = needs == "texts" and record.get(label_column(record)) is None
     required = [*names, *([] if pair or unlabelled else ["score" if scored else label_column(record)])]
     if not chat or record.get("prompt") is not None:
@@ -310,10 +329,7 @@ def _chat(record: Mapping, names: Sequence[str]) -> tuple[tuple[Message, ...], t
     for name, value in (("prompt", prompt), *((name, record[name]) for name in names)):
         if not isinstance(value, (list, tuple)) and not (name == "prompt" and value is None):
             _text(value, name)
-    sides = [conversation(prompt, record[name], name) for name in names]
-    if any(context != sides[0][0] for context, _ in sides):
-        raise RowError("chosen and rejected differ before their last message")
-    return sides[0][0], tuple([last for _, last in sides])
+    return sides_of([conversation(prompt, record[name], name) for name in names])
 
 
 def weight_of(record: Mapping) -> float:

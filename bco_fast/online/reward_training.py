@@ -8,7 +8,7 @@ encoded by `SequenceReward`, so the model reads in use what it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ def encode_pairs(rows: Sequence[FeedbackRow], reward: SequenceReward) -> list[tu
     encoded = []
     for row in rows:
         prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-        sides = (side if isinstance(side, str) else [side] for side in row.completions)
+        sides = ([side] if isinstance(side, Mapping) else side for side in row.completions)
         encoded.append(tuple(reward.encode(prompt, side)[0] for side in sides))
     return encoded
 

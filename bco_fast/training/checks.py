@@ -24,6 +24,17 @@ CHECKED_TOKENS = 64
 """Of a prompt and of a completion, at most: a check must not need more memory than training."""
 
 
+def check_arguments(model: nn.Module | str, args: FeedbackConfig, ref_model: nn.Module | None) -> None:
+    """Refuse other arguments than a `FeedbackConfig`, and a reference that training would change."""
+    if not isinstance(args, FeedbackConfig):
+        raise TypeError(f"args must be a FeedbackConfig, not {type(args).__name__}")
+    if ref_model is not None and ref_model is model:
+        raise ValueError(
+            "ref_model is the model itself, which training changes: leave ref_model out, and the model as it is now is the "
+            "reference"
+        )
+
+
 def check_positions(model: nn.Module, max_length: int) -> None:
     """Refuse a max_length beyond the model's positions."""
     most = positions(model)

@@ -143,7 +143,12 @@ def _data(record: Mapping) -> str:
 
 def _held_out(record: Mapping) -> str:
     figures = record.get("held_out") or {}
-    rows = [(title, f"{figures[name]:.4g}") for name, title in _FIGURES.items() if name in figures]
+    rows = [
+        (f"{_text(part)}: {title}" if part else title, f"{figures[key]:.4g}")
+        for part in ("", *((record["data"].get("held_out") or {}).get("sets") or ()))
+        for name, title in _FIGURES.items()
+        if (key := name.replace("eval_", f"eval_{part}_") if part else name) in figures
+    ]
     return _table([f"at step {figures.get('step', 0)}", ""], rows) if rows else "Not evaluated yet."
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..head.types import HeadStats
 from ..models.adapters import check_options
 from ..models.liger import use_liger
-from ..models.load import add_adapter, load_model
+from ..models.load import add_adapter, load_model, load_tokenizer
 from ..models.multimodal import freeze_other_modules
 from ..models.patch import patch_model
 from ..models.tiles import tile_layers, tile_mlps
@@ -20,6 +20,24 @@ from .config import FeedbackConfig
 from .memory_watch import turn_on_what_fits
 
 logger = logging.getLogger("bco_fast")
+
+
+def tokenizer_of(model: nn.Module | str, args: FeedbackConfig):
+    """The tokenizer that lies beside the model's weights.
+
+    Raises:
+        ValueError: the model was not loaded from a checkpoint, or no tokenizer is there.
+    """
+    path = model if isinstance(model, (str, os.PathLike)) else getattr(model.config, "_name_or_path", "")
+    if not path:
+        raise ValueError("processing_class is missing: pass the tokenizer, because the model has no checkpoint")
+    try:
+        return load_tokenizer(path, args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"processing_class is missing: pass the tokenizer, because {path} has none ({reason})"
+        ) from None
 
 
 def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=None, *, stats: HeadStats) -> nn.Module:

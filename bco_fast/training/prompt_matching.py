@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -96,11 +96,13 @@ class PromptMatching:
         self.args = args
         self.embedder = FunctionEmbedder(function, tokenizer, args.per_device_train_batch_size, args.device)
 
-    def weighted(self, train, held_out, tokenizer) -> tuple[FeedbackDataset, FeedbackDataset | None]:
+    def weighted(
+        self, train, held_out, tokenizer
+    ) -> tuple[FeedbackDataset, FeedbackDataset | dict[str, FeedbackDataset] | None]:
         """Both datasets tokenized, their thumbs down weighted by a ratio fitted on the training rows.
 
         Args:
-            train, held_out: what `read_rows` takes; held_out may be None.
+            train, held_out: what `read_rows` takes; held_out may be None, or several by name.
             tokenizer: of the policy.
 
         Raises:
@@ -119,7 +121,9 @@ class PromptMatching:
         weighted = self._tokenized(self._weigh(rows, ratio), tokenizer)
         if held_out is None:
             return weighted, None
-        return weighted, self._tokenized(self._weigh(self._rows(held_out), ratio), tokenizer)
+        sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
+        made = {k: self._tokenized(self._weigh(self._rows(rows), ratio), tokenizer) for k, rows in sets.items()}
+        return weighted, made if isinstance(held_out, Mapping) else made[""]
 
     def _rows(self, source, pairing_ratio: float = 1.0) -> list[FeedbackRow]:
         if isinstance(source, FeedbackDataset):

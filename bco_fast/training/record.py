@@ -3,7 +3,7 @@
 run.json            model, data, options and results; no secrets, no absolute paths; rewritten atomically at every save
 trainer_state.json  the whole log, once the run has ended
 held_out.jsonl      one line per held-out completion of the last evaluation: {"step", "item", "label", "reward", "logp",
-                    "tokens"}; reward in reward units, logp summed, in nats
+                    "tokens"}; reward in reward units, logp summed, in nats; "set" names the dataset where there are several
 README.md           the model card: in every checkpoint, and in the run's folder at the end
 """
 
@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path, PurePath
 
@@ -54,15 +55,28 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_COUNTS = ("rows", "up", "down", "skipped", "prompts_cut", "completions_cut")
+
+
 class RunRecorder(TrainerCallback):
     """Writes these files on the first process: the card with every saved model, the others also after evaluations and at the end."""
 
-    def __init__(self, train: FeedbackDataset | None, held_out: FeedbackDataset | None):
-        self.record: dict = {"data": {"train": _describe(train), "held_out": _describe(held_out)}, "held_out": {}}
-        self.rows: tuple[Tensor, Tensor] | None = None
+    def __init__(self, train: FeedbackDataset | None, held_out: FeedbackDataset | Mapping[str, FeedbackDataset] | None):
+        sets = held_out if isinstance(held_out, Mapping) else {"": held_out} if held_out is not None else {}
+        self.sets = {name: _describe(dataset) for name, dataset in sets.items()}
+        self.record: dict = {"data": {"train": _describe(train), "held_out": _together(self.sets)}, "held_out": {}}
+        self.name = ""
+        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rows_step = 0
         self.start: float | None = None
         self.earlier_seconds = 0.0
         self.trained = False
+
+    def begin_evaluation(self, prefix: str, dataset: FeedbackDataset) -> None:
+        """What comes is about this dataset. Its name is what follows "eval" in the prefix of its metrics."""
+        self.name = prefix.removeprefix("eval").removeprefix("_")
+        self.sets[self.name] = _describe(dataset)
+        self.record["data"]["held_out"] = _together(self.sets)
 
     def keep(self, columns: Tensor, labels: Tensor) -> None:
         """Hold the rows of an evaluation until `on_evaluate` writes them.
@@ -71,7 +85,7 @@ class RunRecorder(TrainerCallback):
             columns: [items, sides, >= 6]: reward, logp, ..., and last the number of tokens.
             labels: [items, sides] bool.
         """
-        self.rows = columns, labels
+        self.rows[self.name] = columns, labels
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.trained = False
@@ -88,16 +102,20 @@ class RunRecorder(TrainerCallback):
         self._write_record(args, state)
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        rows, self.rows = self.rows, None
         numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
-        self.record["held_out"] = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        earlier = self.record["held_out"]  # of the other datasets
+        if earlier.get("step") != state.global_step:
+            earlier = {}
+        self.record["held_out"] = earlier | {name: value for name, value in numbers.items() if math.isfinite(value)}
         self.record["held_out"]["step"] = state.global_step
         self._update(args, state, model)
         self._write_record(args, state)
         if self.trained:
             self._write_state(args, state)
-        if rows is not None and state.is_world_process_zero:
-            _write_rows(Path(args.output_dir) / "held_out.jsonl", *rows, state.global_step)
+        if self.rows_step != state.global_step:
+            self.rows, self.rows_step = {k: v for k, v in self.rows.items() if k == self.name}, state.global_step
+        if self.name in self.rows and state.is_world_process_zero:
+            _write_rows(Path(args.output_dir) / "held_out.jsonl", self.rows, state.global_step)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self._update(args, state, model)
@@ -181,13 +199,23 @@ def remove_run(folder: str | Path) -> None:
             shutil.rmtree(path)
 
 
-def _write_rows(path: Path, columns: Tensor, labels: Tensor, step: int) -> None:
-    columns, labels = columns.tolist(), labels.bool().tolist()
+def _write_rows(path: Path, rows: Mapping[str, tuple[Tensor, Tensor]], step: int) -> None:
     with atomic_text(path) as file:
-        for item, (sides, side_labels) in enumerate(zip(columns, labels, strict=True)):
-            for (reward, logp, *_, tokens), label in zip(sides, side_labels, strict=True):
-                row = {"step": step, "item": item, "label": label, "reward": reward, "logp": logp}
-                file.write(json.dumps(json_numbers(row | {"tokens": int(tokens)})) + "\n")
+        for name, (columns, labels) in rows.items():
+            for item, (sides, side_labels) in enumerate(zip(columns.tolist(), labels.bool().tolist(), strict=True)):
+                for (reward, logp, *_, tokens), label in zip(sides, side_labels, strict=True):
+                    row = {"step": step, "item": item, "label": label, "reward": reward, "logp": logp}
+                    row |= {"tokens": int(tokens)} | ({"set": name} if name else {})
+                    file.write(json.dumps(json_numbers(row)) + "\n")
+
+
+def _together(sets: Mapping[str, dict]) -> dict | None:
+    """The description of all datasets; each by itself is in `sets`, where they have names."""
+    if not sets or list(sets) == [""]:
+        return sets.get("")
+    every = list(sets.values())
+    counts = {name: sum(part.get(name, 0) for part in every) for part in every for name in part if name in _COUNTS}
+    return {**every[0], **counts, "sets": {name or "eval": part for name, part in sets.items()}}
 
 
 def _describe(dataset: FeedbackDataset | None) -> dict | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import mismatched
-from ..models.attention import knows_segments, use_segments
+from ..models.attention import base_attention, knows_segments, use_segments
+from ..models.load import read_weights
 from ..models.patch import patch_model
 from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.fill import FillReport, fill
@@ -40,22 +42,22 @@ class Reference:
 
     def __init__(self, trainer: FeedbackTrainer, datasets: Sequence[FeedbackDataset], ref_model: nn.Module | None):
         self.trainer, args = trainer, trainer.args
-        for dataset in datasets:
-            if trainer.objective.mismatched and dataset.mismatched is None:
-                limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-                dataset.mismatched = mismatched(dataset, **limits)
-        self.parts = [part for d in datasets for part in (d, d.mismatched) if part is not None]
+        self.parts = self._parts(datasets)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         self.model = policy
         if ref_model is not None:
-            self.model = patch_model(ref_model, backend=args.backend, workspace_bytes=args.workspace_bytes).to(
-                args.device
-            )
-            if knows_segments(policy.config):
-                use_segments(self.model)
+            self.model = self._ready(ref_model)
         elif any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules()):
             logger.warning("the model has dropout: rewards start noisy, because the reference is computed without it")
-        self.sharded = self.pending = trainer.sharded and ref_model is None
+        self._given = weakref.ref(self.model)
+        config = self.model.config
+        self._checkpoint = {
+            "path": getattr(config, "_name_or_path", ""),
+            "dtype": next(self.model.parameters()).dtype,
+            "attn_implementation": base_attention(config),
+        }
+        self.sharded = trainer.sharded and ref_model is None
+        self.pending = self.sharded and bool(self.parts)
         """Sharded: all ranks `fill` in lockstep; pending: once the trainer has put the model on its devices."""
         name = None
         if own_rank() == 0 or not self.sharded:
@@ -66,6 +68,23 @@ class Reference:
             raise RanksDisagree(f"rank {other} has a reference model with other weights than rank 0")
         self.name = names[0]
         self.cache = ReferenceCache(args.cache_dir or default_cache_dir(), self.name)
+
+    def _parts(self, datasets: Sequence[FeedbackDataset]) -> list[FeedbackDataset]:
+        """The datasets and, where the objective reads them, their mismatched completions."""
+        args = self.trainer.args
+        for dataset in datasets:
+            if self.trainer.objective.mismatched and dataset.mismatched is None:
+                limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+                dataset.mismatched = mismatched(dataset, **limits)
+        return [part for d in datasets for part in (d, d.mismatched) if part is not None]
+
+    def _ready(self, model: nn.Module) -> nn.Module:
+        """Another model than the policy, patched, on the device, with the policy's attention."""
+        args, trainer = self.trainer.args, self.trainer
+        model = patch_model(model, backend=args.backend, workspace_bytes=args.workspace_bytes).to(args.device)
+        if knows_segments(trainer.accelerator.unwrap_model(trainer.model).config):
+            use_segments(model)
+        return model
 
     def fill(self, model: nn.Module | None = None) -> FillReport:
         """Compute what the cache lacks, then read the log-probabilities of every row from it.
@@ -91,6 +110,58 @@ class Reference:
         self.model, self.pending = None, False
         return report
 
+    def add(self, dataset: FeedbackDataset) -> None:
+        """Put the log-probabilities beside rows that the constructor has not seen.
+
+        What the cache lacks is computed by the reference, as far as it can still be had: the policy without its adapter,
+        or before training; `ref_model`, while its owner keeps it; else the checkpoint that the reference was loaded from.
+        Its weights are compared with those of the constructor.
+
+        Raises:
+            ValueError: it cannot be had any more; says what to do.
+        """
+        args = self.trainer.args
+        check_ranks([dataset], args, args.cache_dir or default_cache_dir())
+        if not self.pending:
+            self.parts = self._parts([dataset])
+            self.cache.refresh()
+            self.attach()
+            if not all(part.has_reference for part in self.parts):
+                self.fill(self._again())
+        if not dataset.has_reference:
+            raise ValueError(
+                "the evaluation rows have no reference log-probabilities, and the model will be sharded: train first, or fill "
+                "the cache with `bco-fast cache build`"
+            )
+
+    def _again(self) -> nn.Module:
+        """The reference, after the constructor."""
+        accelerator = self.trainer.accelerator
+        if self.sharded:
+            model = accelerator._models[-1] if accelerator._models else None
+            model = getattr(model, "module", model)
+            if _only_adapters_are_trained(model):
+                return model
+            raise ValueError(_GONE.format("the model is sharded, and its weights cannot be compared"))
+        given = self._given()
+        if given is not None and reference_id(given, autocast=accelerator.mixed_precision) == self.name:
+            return given
+        options = dict(self._checkpoint)
+        path = options.pop("path")
+        reason = "it has changed since, and it was not loaded from a checkpoint"
+        if path:
+            try:
+                model = read_weights(path, self.trainer.args.trust_remote_code, local_files_only=True, **options)
+            except (OSError, ValueError) as error:
+                reason = f"{path} cannot be loaded again ({' '.join(str(error).split())[:200]})"
+            else:
+                logger.info("reference: %s is loaded again for rows that the constructor has not seen", path)
+                model = self._ready(model)
+                if reference_id(model, autocast=accelerator.mixed_precision) == self.name:
+                    return model
+                reason = f"{path} has other weights than it had then"
+        raise ValueError(_GONE.format(reason))
+
     def attach(self) -> None:
         """Read what the cache has; rows that it lacks get NaN."""
         for part in self.parts:
@@ -98,6 +169,20 @@ class Reference:
             part.ref_logps = self.cache.sums(keys)
             if self.trainer.objective.per_token and part.has_reference:
                 part.ref_token_logps = [self.cache.token_logps(key) for key in keys]
+
+
+_GONE = (
+    "these rows have no reference log-probabilities, and the reference model of the constructor is gone: {}. Pass the "
+    "rows to the constructor as eval_dataset, or keep the reference and pass it as ref_model"
+)
+
+
+def _only_adapters_are_trained(model: nn.Module | None) -> bool:
+    """Whether a PEFT model's base is as it was before training."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    own = (f".{model.base_model.prefix}", ".modules_to_save.")
+    return all(any(part in name for part in own) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def prepare_reference(
@@ -115,9 +200,8 @@ def prepare_reference(
     trainer.identity = trainer.reference_identity = None
     needed = trainer.objective.reference and bool(datasets)
     check_ranks(datasets, args, args.cache_dir or default_cache_dir() if needed else None)
-    if not needed:
-        reference = None
-    else:
+    reference = None
+    if needed or (trainer.objective.reference and ref_model is None and not trainer.sharded):
         reference = Reference(trainer, datasets, ref_model)
         if ref_model is None:
             trainer.identity = reference.name
@@ -125,7 +209,7 @@ def prepare_reference(
             trainer.reference_identity = reference.name
         if reference.pending:
             reference.attach()  # what the cache has, for an evaluation before training
-        else:
+        elif needed:
             trainer.reference_report = reference.fill()
     if trainer.identity is None and not trainer.sharded:
         policy = trainer.accelerator.unwrap_model(trainer.model)

@@ -16,7 +16,6 @@ from ..data.batch import Batch, collate
 from ..data.chat import with_template
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import GroupedSampler, StratifiedSampler, balancing_weights, oversample
-from ..data.tokenize import LOAD_OPTIONS, load_feedback
 from ..data.tokenizer import pad_or_eos
 from ..losses import LossOutput
 from ..models.memory import offloading
@@ -25,9 +24,10 @@ from ..reference.fill import FillReport
 from . import checks
 from .config import FeedbackConfig
 from .evaluation import evaluation_metrics, evaluation_rows
+from .evaluation_sets import EvaluationSets, as_list
 from .loader import train_loader
 from .memory_watch import MemoryWatch
-from .policy import prepare_policy, replace_layers
+from .policy import prepare_policy, replace_layers, tokenizer_of
 from .processes import check_processes
 from .record import RunRecorder
 from .references import prepare_reference
@@ -39,7 +39,7 @@ from .step import Step, completion_sums, mismatched_log_ratios
 logger = logging.getLogger("bco_fast")
 
 
-class FeedbackTrainer(WholeCheckpoints, Trainer):
+class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
     """Train a causal language model from thumbs up and down, scores or pairs.
 
     The reference log-probabilities come from the cache. Missing ones are computed before training, with `ref_model` or,
@@ -52,9 +52,9 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         model: a Hugging Face causal language model, or the path of one.
         args: a `FeedbackConfig`.
         train_dataset, eval_dataset: what `read_rows` takes (a file, a Hub name, a `datasets.Dataset`, an iterable of
-            dicts), or a `FeedbackDataset`.
-        processing_class: the tokenizer.
-        ref_model: the reference, if it is not `model` itself; used in this constructor only.
+            dicts), or a `FeedbackDataset`; eval_dataset also several by name.
+        processing_class: the tokenizer; by default that of the model's checkpoint.
+        ref_model: the reference, if it is not `model` itself. It is not kept; see `references.Reference.add`.
         peft_config: a `peft` config; the model is wrapped in that adapter, and its base is the reference.
         **kwargs: of `transformers.Trainer`.
 
@@ -69,21 +69,18 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         model: nn.Module | str,
         args: FeedbackConfig,
         train_dataset: str | os.PathLike | Iterable[Mapping] | FeedbackDataset | None = None,
-        eval_dataset: str | os.PathLike | Iterable[Mapping] | FeedbackDataset | None = None,
+        eval_dataset: str | os.PathLike | Iterable[Mapping] | FeedbackDataset | Mapping[str, Iterable] | None = None,
         processing_class=None,
         ref_model: nn.Module | None = None,
         peft_config=None,
         **kwargs,
     ):
-        if not isinstance(args, FeedbackConfig):
-            raise TypeError(f"args must be a FeedbackConfig, not {type(args).__name__}")
-        if processing_class is None:
-            raise ValueError("processing_class is missing: pass the tokenizer")
-        tokenizer = with_template(processing_class, args.chat_template)
+        checks.check_arguments(model, args, ref_model)
+        tokenizer = with_template(processing_class or tokenizer_of(model, args), args.chat_template)
         self.objective, self.settings = args.objective, args.settings
         self.pad_token_id = pad_or_eos(tokenizer)
         train_dataset = self._dataset(train_dataset, args, tokenizer, pairing_ratio=args.pairing_ratio)
-        eval_dataset = self._dataset(eval_dataset, args, tokenizer)
+        eval_dataset = self._datasets(eval_dataset, args, tokenizer)
         if train_dataset is not None and args.oversample:
             train_dataset = oversample(train_dataset, args.seed)
         self.class_weights = _class_weights(train_dataset, args)
@@ -112,10 +109,8 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
         self.add_callback(self.memory)
         policy = self.accelerator.unwrap_model(self.model)
         self.recorder.record["liger"] = replace_layers(policy, args, sharded=self.sharded)
-        self.layout = choose_layout(
-            policy, args, train_dataset or eval_dataset, self.pad_token_id, sharded=self.sharded
-        )
-        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
+        datasets = [*as_list(train_dataset), *as_list(eval_dataset)]
+        self.layout = choose_layout(policy, args, next(iter(datasets), None), self.pad_token_id, sharded=self.sharded)
         self._own_reference = self.objective.reference and ref_model is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
         self._reference = prepare_reference(self, datasets, ref_model)
@@ -125,27 +120,6 @@ class FeedbackTrainer(WholeCheckpoints, Trainer):
     def _collate(self, items) -> Batch:
         alone = self.args.gradient_accumulation_steps == 1  # z_ref is the step's, so it must not wait for other batches
         return collate(items, self.pad_token_id, layout=self.layout, continued=alone)
-
-    def _dataset(self, source, args: FeedbackConfig, tokenizer, **options) -> FeedbackDataset | None:
-        """Tokenized rows of the kind that the objective reads."""
-        if source is None:
-            return None
-        if not isinstance(source, FeedbackDataset):
-            options |= {name: getattr(args, name) for name in LOAD_OPTIONS}
-            source = load_feedback(source, tokenizer, needs=self.objective.data, progress=not args.disable_tqdm, **options)  # fmt: skip
-        checks.check_rows(source, args)
-        return source
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._dataset(eval_dataset, self.args, self.processing_class)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.objective.reference and isinstance(dataset, FeedbackDataset) and not dataset.has_reference:
-            raise ValueError(
-                "eval_dataset has no reference log-probabilities: pass it to the constructor, where the reference model is "
-                "at hand; under FSDP and DeepSpeed train first, or fill the cache with `bco-fast cache build`"
-            )
-        return super().get_eval_dataloader(eval_dataset)
 
     def get_train_dataloader(self):
         order = self._get_train_sampler()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..models.load import read_weights
 from .config import FeedbackConfig, _option
+from .policy import tokenizer_of
 from .prompt_matching import PromptMatching
 from .trainer import FeedbackTrainer
 
@@ -125,7 +126,7 @@ class BCOTrainer(FeedbackTrainer):
         model, ref_model: models, or paths of them; ref_model is needed only if it is not `model` itself.
         args: a `BCOConfig`.
         train_dataset, eval_dataset: rows of prompt, completion, label (TRL's format), or what `FeedbackTrainer` takes.
-        processing_class: the tokenizer (`tokenizer=` in older scripts).
+        processing_class: the tokenizer (`tokenizer=` in older scripts); by default the model's own.
         peft_config: wraps the model in an adapter; its base is then the reference.
         embedding_func: called with `input_ids` and `attention_mask` [B, T] of prompts, returns their vectors [B, D]. The
             density ratio is fitted on them here, once, and weighs the thumbs down of both datasets (`prompt_matching`).
@@ -179,6 +180,7 @@ class BCOTrainer(FeedbackTrainer):
             _say_what_is_needless(args)
         else:
             matching = PromptMatching(embedding_func, embedding_tokenizer, args)
+            processing_class = processing_class or tokenizer_of(model, args)
             train_dataset, eval_dataset = matching.weighted(train_dataset, eval_dataset, processing_class)
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class=processing_class,

@@ -220,6 +220,44 @@ def test_special_tokens_in_messages_stay_text():
     assert again.examples[1].key == plain.key  # an odd row changes nothing for the others
 
 
+def _called(arguments, result, answer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
+    return [call, {"role": "tool", "content": result}, {"role": "assistant", "content": answer}]
+
+
+def test_a_pair_that_parts_at_a_call_of_a_tool():
+    """Its completions begin with the calls, and hold what came back. A side may have made no call."""
+    row = {"prompt": [USER], "chosen": _called("2, 2", "4", "It is 4."), "rejected": _called("2, 3", "5", "It is 5.")}
+    dataset = load_feedback([row, row | {"rejected": [FIVE]}], TOKENIZER, needs="pairs")
+    (prompt, chosen), (same, rejected), _, (_, answered) = _sides(dataset)
+    assert prompt == same == TOKENIZER.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert "2, 2" in chosen
+    assert chosen.index("2, 2") < chosen.index("It is 4.")
+    assert "2, 3" in rejected
+    assert answered.startswith(FIVE["content"])
+    whole = TOKENIZER.apply_chat_template([USER, *row["chosen"]], tokenize=True, return_dict=False)
+    assert dataset.examples[0].input_ids.tolist() == whole
+    thumbs = load_feedback([row], TOKENIZER).examples  # for an unpaired objective
+    assert [e.key for e in thumbs] == [e.key for e in dataset.examples[:2]]
+    late = row | {"rejected": [*row["chosen"][:2], FIVE]}  # the same call: only the answers are compared
+    assert _sides(load_feedback([late], TOKENIZER, needs="pairs"))[0][1].startswith("It is 4.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),
+        ("Q: 2 + 2?\n\nA: 4", "Q: 2 + 2?\n\nA: 5", ("Q: 2 + 2?\n\nA:", " 4", " 5")),
+        ("Say yes", "Say yes please", ("Say", " yes", " yes please")),
+        ("Say  yes", "Say no", ("Say", "  yes", " no")),
+    ],
+)
+def test_a_pair_of_texts_without_a_prompt_begins_with_it(chosen, rejected, expected):
+    (row,) = read_rows([{"chosen": chosen, "rejected": rejected}], needs="pairs")
+    assert (row.prompt, *row.completions) == expected
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_a_call_of_a_tool_is_a_completion_without_content(content):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]} | content

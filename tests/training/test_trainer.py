@@ -159,12 +159,6 @@ def test_evaluation_does_not_move_the_shift(tmp_path):
     assert trainer.feedback.shift.state_dict() == before
 
 
-def test_a_later_eval_set_without_reference_is_refused(tmp_path):
-    trainer = _trainer(tmp_path)
-    with pytest.raises(ValueError, match="pass it to the constructor"):
-        trainer.evaluate(tiny.rows(3, seed=9))
-
-
 def test_weights_of_rows_enter_the_loss(tmp_path):
     rows = [{**row, "weight": 0.0} for row in tiny.rows(16)]
     trainer = FeedbackTrainer(tiny.model(), _config(tmp_path, max_steps=1), rows, processing_class=TOKENIZER)
@@ -243,7 +237,7 @@ def test_nothing_of_the_trainer_is_overridden_by_accident():
     from transformers import Trainer
 
     meant = {
-        "_get_train_sampler", "compute_loss", "create_model_card", "get_batch_samples", "get_eval_dataloader", "get_train_dataloader", "log",
+        "_get_train_sampler", "compute_loss", "create_model_card", "get_batch_samples", "get_train_dataloader", "log",
         "prediction_step", "save_model", "train", "_save_checkpoint", "create_scheduler",
     }  # fmt: skip
     ours = {name for name in vars(FeedbackTrainer) if hasattr(Trainer, name) and not name.startswith("__")}

@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import chats
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import torch
 import trl_script
 from peft import LoraConfig
 from small_runs import TOKENIZER
+from transformers import AutoModelForCausalLM
 
 from bco_fast import BCOConfig, BCOTrainer
 from bco_fast.data.density_ratio import DensityRatio
@@ -178,7 +180,38 @@ def test_what_cannot_be_honoured_is_refused(tmp_path, options, message):
 
 def test_trainer_refuses(tmp_path):
     good = (tiny.model(), None, _config(tmp_path), tiny.rows(4), None, TOKENIZER)
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        BCOTrainer(good[0], *good[:1], *good[2:])
     with pytest.raises(ValueError, match="model_adapter_name"):
         BCOTrainer(*good, model_adapter_name="train")
     with pytest.raises(ValueError, match="BCOConfig"):
         BCOTrainer(tiny.model())
+
+
+IMPLICIT = {
+    "standard": {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+    "conversational": {
+        "chosen": [{"role": "user", "content": "The sky?"}, {"role": "assistant", "content": "blue"}],
+        "rejected": [{"role": "user", "content": "The sky?"}, {"role": "assistant", "content": "green"}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", IMPLICIT)
+def test_pairs_without_a_prompt_train(tmp_path, kind):
+    rows = [IMPLICIT[kind]] * 2
+    tokenizer = TOKENIZER if kind == "standard" else chats.TOKENIZER
+    model = tiny.model(vocab_size=len(tokenizer))
+    trainer = BCOTrainer(model, None, _config(tmp_path, max_steps=1), rows, None, tokenizer)
+    assert [example.label for example in trainer.train_dataset.examples] == [True, False, True, False]
+    trainer.train()
+
+
+def test_the_tokenizer_is_that_of_the_models_checkpoint(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"pass the tokenizer, because .*model has none"):
+        BCOTrainer(str(tmp_path / "model"), None, _config(tmp_path), tiny.rows(4))
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    for model in (str(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
+        trainer = BCOTrainer(model, None, _config(tmp_path), tiny.rows(4))
+        assert trainer.processing_class.get_vocab() == TOKENIZER.get_vocab()
