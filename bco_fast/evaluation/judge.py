@@ -3,11 +3,13 @@
 The completion of a prompt in A wins against the one in B if its reward is higher; equal rewards are half a win (BCO, arXiv
 2404.04656, Table 2; BNF, arXiv 2410.04834, Table 5, with a reward in place of GPT-4). Files are AlpacaEval's, Arena-Hard's
 or JSONL, in any combination. Completions are matched by question_id if all have one, else by the prompt; the k-th
-completion of a prompt meets the k-th.
+completion of a prompt meets the k-th. A prompt is a text, or chat messages, as `generate` writes them.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 from collections import Counter, defaultdict
@@ -21,6 +23,8 @@ from ..data.sources import RowError, as_record, open_source, shortened
 from ..online.rewards import Reward, RewardError, score
 from .endpoint import PairwiseJudge
 from .length_control import length_controlled_win_rate
+
+logger = logging.getLogger("bco_fast")
 
 RESAMPLES = 10_000
 OWN = ("prompt", "instruction", "turns", "completion", "output", "choices", "messages")
@@ -135,34 +139,69 @@ def _completion_of(record: Mapping) -> str:
     return completion
 
 
-def match(a: Sequence[Answer], b: Sequence[Answer], prompts: dict | None = None) -> list[tuple[str, Answer, Answer]]:
-    """(prompt, answer of A, answer of B), in the order of A.
+def match(a: Sequence[Answer], b: Sequence[Answer], prompts: dict | None = None) -> list[tuple[Prompt, Answer, Answer]]:
+    """(prompt, answer of A, answer of B), in the order of A. Prompts are all texts or all chats.
+
+    A chat of one user's message is the same prompt as that message's text: where the files differ in this, a warning says
+    so, and the text counts.
 
     Args:
         prompts: question_id -> prompt, for files that do not hold them (Arena-Hard's).
 
     Raises:
-        JudgeError: the files share neither ids nor prompts, or a prompt is unknown.
+        JudgeError: the files share neither ids nor prompts, a prompt is unknown, or one file has chats of several messages
+            and the other texts.
     """
     prompts = prompts or {}
 
-    def text(*answers: Answer) -> str:
-        texts = (prompts.get(answer.id) if answer.prompt is None else answer.prompt for answer in answers)
-        found = next((text for text in texts if text is not None), None)
+    def prompt(*answers: Answer) -> Prompt:
+        known = (prompts.get(answer.id) if answer.prompt is None else answer.prompt for answer in answers)
+        found = next((prompt for prompt in known if prompt is not None), None)
         if found is None:
             raise JudgeError(f"{answers[0].where} has no prompt; --prompts FILE gives the prompts of question_ids")
-        if is_chat(found):
-            raise JudgeError(f"{answers[0].where}: the prompt must be text, not chat messages")
         return found
 
-    key = (lambda answer: answer.id) if all(answer.id is not None for answer in (*a, *b)) else text
+    by_id = all(answer.id is not None for answer in (*a, *b))
+    key = (lambda answer: answer.id) if by_id else (lambda answer: _identity(prompt(answer)))
     waiting = defaultdict(list)
     for answer in reversed(b):
         waiting[key(answer)].append(answer)
     pairs = [(answer, waiting[key(answer)].pop()) for answer in a if waiting.get(key(answer))]
     if not pairs:
         raise JudgeError("the two files have no prompt in common")
-    return [(text(*pair), *pair) for pair in pairs]
+    asked = [prompt(*pair) for pair in pairs]
+    if _forms_differ(pairs) or not all(map(is_chat, asked)):
+        asked = [_text_of(found, ours) for found, (ours, _) in zip(asked, pairs, strict=True)]
+    return [(found, *pair) for found, pair in zip(asked, pairs, strict=True)]
+
+
+def _identity(prompt: Prompt) -> str:
+    """Equal for prompts that ask the same."""
+    if not is_chat(prompt):
+        return prompt
+    alone = len(prompt) == 1 and prompt[0]["role"] == "user"
+    return prompt[0]["content"] if alone else json.dumps(prompt, sort_keys=True)
+
+
+def _text_of(prompt: Prompt, answer: Answer) -> str:
+    if is_chat(prompt) and (len(prompt) > 1 or prompt[0]["role"] != "user"):
+        raise JudgeError(f"{answer.where}: the prompt is a chat of several messages, and other prompts are texts")
+    return prompt[0]["content"] if is_chat(prompt) else prompt
+
+
+def _forms_differ(pairs: Sequence[tuple[Answer, Answer]]) -> bool:
+    """Whether one side holds chats and the other texts; warns of it."""
+    forms = [
+        {is_chat(answer.prompt) for answer in side if answer.prompt is not None} for side in zip(*pairs, strict=True)
+    ]
+    differ = bool(forms[0] and forms[1] and forms[0] != forms[1])
+    if differ:
+        chats, texts = ("A", "B") if True in forms[0] else ("B", "A")
+        logger.warning(
+            "the model of %s was asked by chat messages and that of %s by text: the difference may be that of the chat template",
+            chats, texts,
+        )  # fmt: skip
+    return differ
 
 
 def win_rate_interval(
@@ -213,14 +252,17 @@ def judge(
     if seed < 0:
         raise JudgeError(f"seed must be >= 0, not {seed}")
     matched = match(a, b, prompts)
-    texts = [prompt for prompt, _, _ in matched]
+    asked = [prompt for prompt, _, _ in matched]
+    texts = [_identity(prompt) for prompt in asked]
     sides = [ours for _, ours, _ in matched], [theirs for _, _, theirs in matched]
     rewards = [None, None]
     if isinstance(reward, PairwiseJudge):
-        wins = reward.wins(texts, *([answer.completion for answer in answers] for answers in sides))
+        wins = reward.wins(
+            [_transcript(prompt) for prompt in asked], *([answer.completion for answer in answers] for answers in sides)
+        )
     else:
         scores = [
-            np.array(_score(reward, texts, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)
+            np.array(_score(reward, asked, answers, side)) for answers, side in zip(sides, ("A", "B"), strict=True)
         ]
         wins, rewards = (np.sign(scores[0] - scores[1]) + 1) / 2, [float(score.mean()) for score in scores]
     low, high = win_rate_interval(wins, texts, resamples=resamples, seed=seed)
@@ -260,12 +302,23 @@ def _difficulty(answers: list[Answer]) -> np.ndarray | None:
     return np.array(found, dtype=float) if all(isinstance(value, (int, float)) for value in found) else None
 
 
-def _score(reward: Reward, prompts: list[str], answers: list[Answer], side: str) -> list[float]:
+def _transcript(prompt: Prompt) -> str:
+    """A prompt as a judge of pairs reads it; of a chat with more than a question, each message under its role."""
+    asked = _identity(prompt)
+    if not is_chat(prompt) or asked == prompt[0]["content"]:
+        return asked
+    return "\n\n".join(f"[{message['role']}]\n{message.get('content', '')}" for message in prompt)
+
+
+def _score(reward: Reward, prompts: list[Prompt], answers: list[Answer], side: str) -> list[float]:
     shared = Counter(name for answer in answers for name in answer.columns)
     names = [name for name, times in shared.items() if times == len(answers) and name not in ("prompts", "completions")]
     columns = {name: [answer.columns[name] for answer in answers] for name in names}
+    completions = [answer.completion for answer in answers]
+    if is_chat(prompts[0]):  # TRL's format of conversations
+        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
     try:
-        return score(reward, prompts, [answer.completion for answer in answers], **columns)
+        return score(reward, prompts, completions, **columns)
     except RewardError as error:
         raise RewardError(f"completions of {side}: {error}") from error
 

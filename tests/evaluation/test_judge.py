@@ -14,6 +14,7 @@ from bco_fast.evaluation.generate import Completion, write_completions
 from bco_fast.evaluation.judge import (
     Answer,
     JudgeError,
+    _transcript,
     as_summary,
     describe,
     judge,
@@ -146,6 +147,48 @@ def test_a_bad_reward_says_whose_and_for_which_prompt():
 
     with pytest.raises(RewardError, match=r"completions of B: the reward of prompt 1 \('p1'\) is nan"):
         judge(answers("x", "x"), answers("x", "bad"), reward)
+
+
+def _chat(*contents):
+    roles = ("user", "assistant", "user")
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def test_completions_of_chats_are_compared_as_generate_writes_them(tmp_path, caplog):
+    asked = [{"prompt": [{"role": "system", "content": "Be brief."}, *_chat("hi")]}, {"prompt": _chat("a", "b", "c")}]
+    sides = []
+    for name, texts in (("a", ("x", "x x x")), ("b", ("x x", "x"))):
+        path = tmp_path / f"{name}.jsonl"
+        write_completions(path, asked, [Completion(text, 1, True) for text in texts], "jsonl", generator=name)
+        sides.append(read_answers(path))
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append((prompts, completions))
+        return words(prompts, [message["content"] for (message,) in completions])
+
+    verdict = judge(*sides, reward)
+    assert (verdict.wins, verdict.losses, verdict.prompts) == (1, 1, 2)
+    assert seen[0] == ([row["prompt"] for row in asked], [[{"role": "assistant", "content": text}] for text in ("x", "x x x")])  # fmt: skip
+    assert not caplog.records
+
+
+def test_files_whose_models_were_asked_in_other_forms_are_compared_with_a_warning(caplog):
+    a = [Answer("x x", _chat("one"), None, "a:1"), Answer("x", _chat("two"), None, "a:2")]
+    b = [Answer("x", "two", None, "b:1"), Answer("x", "one", None, "b:2")]
+    assert [prompt for prompt, _, _ in match(a, b)] == ["one", "two"]
+    assert "the model of A was asked by chat messages and that of B by text" in caplog.text
+    verdict = judge(b, a, words)
+    assert (verdict.wins, verdict.ties, verdict.losses) == (0, 1, 1)
+    assert "the model of B was asked by chat messages and that of A by text" in caplog.text
+    mixed = [Answer("x", _chat("a", "b", "c"), 1, "a:1"), Answer("x", "two", 2, "a:2")]
+    with pytest.raises(JudgeError, match="a:1: the prompt is a chat of several messages"):
+        match(mixed, mixed)
+
+
+def test_a_judge_of_pairs_reads_a_transcript():
+    assert _transcript("hi") == _transcript(_chat("hi")) == "hi"
+    assert _transcript(_chat("a", "b", "c")) == "[user]\na\n\n[assistant]\nb\n\n[user]\nc"
 
 
 def _files(tmp_path):
