@@ -214,7 +214,7 @@ def growth_section() -> Iterator[str]:
 
 
 def shared_section() -> Iterator[str]:
-    everything = rows_of("shared_prompts")
+    everything = sorted(rows_of("shared_prompts"), key=lambda r: (r["case"].count(","), r["case"]))  # BCO first
     rows = [r for r in everything if r["case"].endswith(", shared")]
     yield "## Shared prompts and judged turns"
     yield ""
