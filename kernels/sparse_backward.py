@@ -8,6 +8,9 @@ as many as the workspace holds. A tile cut by that range is carried to the next 
     gathered_product   product[i] = dz[i] W[tile]                                                [blocks, D] fp32
     add_products       dh[n] += the products of its blocks, in the order of the tiles            [N, D] fp32
 
+With SCATTERED, dz is the tiles' part of the whole gradient, zero where no block was kept, [N, tiles * TILE]: gathered_dlogits writes
+its blocks into their rows, gathered_dweight reads them there, and dh is one matmul.
+
 No atomics: one program adds the products of a row, through a list of its blocks, so the same inputs give the same bits.
 """
 
@@ -24,6 +27,15 @@ def _blocks(offset_ptr, i_t, FIRST, LAST):
     start = tl.maximum(tl.load(offset_ptr + i_t), FIRST)
     stop = tl.minimum(tl.load(offset_ptr + i_t + 1), LAST)
     return start, stop
+
+
+@triton.jit
+def _place(o_i, o_n, i_t, FIRST_TILE, FIRST, stride_zn, TILE: tl.constexpr, SCATTERED: tl.constexpr):
+    """Where a block's first column lies in dz."""
+    if SCATTERED:
+        return o_n * stride_zn + (i_t - FIRST_TILE) * TILE
+    else:
+        return (o_i - FIRST) * TILE
 
 
 @triton.jit
@@ -47,6 +59,7 @@ def gathered_dlogits_kernel(
     D,
     stride_hn,
     stride_wv,
+    stride_zn,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -56,6 +69,7 @@ def gathered_dlogits_kernel(
     TEMPERATURE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SCATTERED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_t = FIRST_TILE + tl.program_id(1)
@@ -86,7 +100,8 @@ def gathered_dlogits_kernel(
         b_logp_y = tl.load(logp_ptr + o_n, mask=m_i, other=0.0)[:, None]
         _, _, b_dz = dlogits(b_z, o_v, b_max, b_sum, b_c, b_target, b_argmax, b_logp_y)
         b_dz = b_dz * b_softcap_grad * (LOGIT_SCALE / TEMPERATURE)
-        p_out = out_ptr + (o_i - FIRST)[:, None] * TILE + o_c[None, :]
+        o_z = _place(o_i, o_n, i_t, FIRST_TILE, FIRST, stride_zn, TILE, SCATTERED)
+        p_out = out_ptr + o_z[:, None] + o_c[None, :]
         tl.store(p_out, b_dz.to(out_ptr.dtype.element_ty), mask=m_i[:, None])
 
 
@@ -107,12 +122,14 @@ def gathered_dweight_kernel(
     D,
     stride_hn,
     stride_wv,
+    stride_zn,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCATTERED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_t = FIRST_TILE + tl.program_id(0)
@@ -129,9 +146,10 @@ def gathered_dweight_kernel(
     for i in range(start, stop, BLOCK_N):
         o_i = i + tl.arange(0, BLOCK_N)
         m_i = o_i < stop
-        b_dz = tl.load(dz_ptr + (o_i - FIRST)[:, None] * TILE + o_c[None, :], mask=m_i[:, None], other=0.0)
+        o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
+        o_z = _place(o_i, o_n, i_t, FIRST_TILE, FIRST, stride_zn, TILE, SCATTERED)
+        b_dz = tl.load(dz_ptr + o_z[:, None] + o_c[None, :], mask=m_i[:, None], other=0.0)
         if HAS_WEIGHT:
-            o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
             p_hidden = hidden_ptr + (o_n * stride_hn)[:, None] + o_d[None, :]
             b_h = tl.load(p_hidden, mask=m_i[:, None] & m_d[None, :], other=0.0)
             b_dw = tl.dot(tl.trans(b_dz), b_h, b_dw, input_precision="ieee", out_dtype=ACC)

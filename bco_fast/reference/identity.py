@@ -128,9 +128,12 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
     tensors = dict(model.named_buffers(remove_duplicate=False)) | model.state_dict()
     if not hasattr(model, "peft_config"):
         return tensors
-    if not adapter and not hasattr(model, "get_base_model"):
-        raise ValueError("an adapter was added to the model in place: wrap it with peft.get_peft_model instead")
-    layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
+    layers = [(name, module) for name, module in model.named_modules() if _holds_adapter(module)]
+    if not hasattr(model, "get_base_model"):
+        if not layers:  # PEFT 0.17 leaves its config on a model that it has merged and unloaded
+            return tensors
+        if not adapter:
+            raise ValueError("an adapter was added to the model in place: wrap it with peft.get_peft_model instead")
     if any(getattr(layer, "merged", False) for _, layer in layers):
         raise ValueError(
             "an adapter is merged into the weights of its base model in place: call unmerge_adapter() first, or "
@@ -157,6 +160,11 @@ def _weights(model: nn.Module, adapter: bool) -> dict[str, Tensor]:
             if name.startswith(base):
                 found[name.removeprefix(base)] = tensor
     return found
+
+
+def _holds_adapter(module: nn.Module) -> bool:
+    """Whether PEFT has put this module in another's place. PEFT 0.17 names the adapters of LoRA's layers only."""
+    return hasattr(module, "adapter_layer_names") or "original_module" in dict(module.named_children())
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:

@@ -72,23 +72,26 @@ def cases():
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         low = itemsize == 2
         gathered = (
-            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=False), False),
-            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=True), True),
-            ("dweight", gathered_dweight_kernel, configs.GATHERED_DWEIGHT if low else configs.GATHERED_DWEIGHT_FP32, True),
-            ("product", gathered_product_kernel, configs.GATHERED_PRODUCT if low else configs.GATHERED_PRODUCT_FP32, True),
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=False), False, False),
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=True), True, False),
+            ("dweight", gathered_dweight_kernel, configs.GATHERED_DWEIGHT if low else configs.GATHERED_DWEIGHT_FP32, True, False),
+            ("product", gathered_product_kernel, configs.GATHERED_PRODUCT if low else configs.GATHERED_PRODUCT_FP32, True, False),
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=False), False, True),
+            ("dlogits", gathered_dlogits_kernel, configs.gathered_dlogits(itemsize, extras=True), True, True),
+            ("dweight", gathered_dweight_kernel, configs.GATHERED_DWEIGHT, True, True),
         )  # fmt: skip
-        for name, kernel, config, extras in gathered:
+        for name, kernel, config, extras, scattered in gathered[: None if low else 4]:
             types = _types(
                 dtype,
                 "hidden weight bias out dz d_weight",
                 fp32="row_max row_sum logp grad_logp carry_in carry_out d_bias product",
-                integers="FIRST_TILE FIRST LAST V D stride_hn stride_wv",
+                integers="FIRST_TILE FIRST LAST V D stride_hn stride_wv stride_zn",
             )
             blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d}
-            constants = blocks | {"HAS_WEIGHT": True, "TILE": 256, "ACC": tl.float32}
+            constants = blocks | {"HAS_WEIGHT": True, "TILE": 256, "SCATTERED": scattered, "ACC": tl.float32}
             constants |= (HEAD if name == "dlogits" else {}) | _flags(extras, "BIAS SOFTCAP")
             constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
-            suffix = " bias softcap" if extras and name == "dlogits" else ""
+            suffix = (" bias softcap" if extras and name == "dlogits" else "") + " scattered" * scattered
             yield f"gathered_{name} {dtype}{suffix}", kernel, types, constants, config
     config = configs.RESCALE_ROWS
     blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
@@ -121,7 +124,7 @@ def compile_for(capability: int, kernel, types: dict, constants: dict, config, t
     aligned = [
         n
         for n in types
-        if n.endswith("_ptr") or n in ("D", "SPLIT", "stride_hn", "stride_wv", "stride_tn", "stride_on")
+        if n.endswith("_ptr") or n in ("D", "SPLIT", "stride_hn", "stride_wv", "stride_tn", "stride_on", "stride_zn")
     ]
     source = ASTSource(
         fn=kernel,

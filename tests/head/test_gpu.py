@@ -45,9 +45,10 @@ def test_the_same_bits_every_time():
         assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("backend", "scattered"), [("triton", False), ("triton", True), ("torch", False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_sparse_backward(backend, dtype):
+def test_the_sparse_backward(backend, scattered, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "scattered_from", lambda itemsize, width: 0.0 if scattered else 2.0)
     g = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(32768, 512, generator=g, device="cuda") * (6 / 512**0.5)
     targets = torch.randint(0, 32768, (2048,), generator=g, device="cuda")
@@ -155,6 +156,9 @@ for options, entropy, frozen in itertools.product(("plain", "everything"), (Fals
 for backend, options in itertools.product(("triton", "torch"), ("plain", "everything")):
     made = case(70, 1100, 72, spread=8.0, bias=options == "everything", options=options)
     run(made, backend, torch.bfloat16, device="cuda", workspace_bytes=2_500_000, sparse_tolerance=0.25)
+from bco_fast.kernels import configs
+configs.scattered_from = lambda itemsize, width: 0.0
+run(made, "triton", torch.bfloat16, device="cuda", workspace_bytes=2_500_000, sparse_tolerance=0.25)
 """
 OUR_KERNELS = sorted(
     set(

@@ -18,6 +18,7 @@ HEAD, FOLD, BACK, TILES = (
     "kernels/head_backward.py",
     "kernels/tiles.py",
 )
+SCATTERED = "bco_fast/head/sparse/triton.py"
 SPARSE, CHOICE = "kernels/sparse_backward.py", "bco_fast/head/sparse/choose.py"
 WALK, LAUNCH = "bco_fast/head/backends/walk.py", "bco_fast/head/backends/triton.py"
 TILING, GATHERED = "bco_fast/head/tiling.py", "bco_fast/head/sparse/torch.py"
@@ -56,15 +57,17 @@ MUTANTS = {
     "the last bin dropped whole": (CHOICE, "sums = spent + histogram.view(_BINS, replicas).sum(1).cumsum(0)", "parts = histogram.view(_BINS, replicas).sum(1); sums = spent + parts.cumsum(0) - parts"),
     "target blocks not kept": (CHOICE, "kept.gather(1, target_tile[rows]) | (has_target & (upstream != 0))[rows, None]", "kept.gather(1, target_tile[rows])"),
     "a cut tile not carried": (SPARSE, "mask=(o_d < tl.where(carried, D, 0))[None, :]", "mask=(o_d < 0)[None, :]"),
-    "tiles written over one another": (SPARSE, "p_out = out_ptr + (o_i - FIRST)[:, None] * TILE", "p_out = out_ptr + (o_i - start)[:, None] * TILE"),
+    "tiles written over one another": (SPARSE, "return (o_i - FIRST) * TILE", "return (o_i % 7) * TILE"),
+    "scattered tiles written over one another": (SPARSE, "return o_n * stride_zn + (i_t - FIRST_TILE) * TILE", "return o_n * stride_zn"),
+    "blocks of an earlier group stay": (SCATTERED, "self.dz.zero_()", "pass"),
     "a row's last product left out": (SPARSE, "for i in range(start, stop):", "for i in range(start, stop - 1):"),
     "weight gradient in the wrong tile": (SPARSE, "p_weight = d_weight_ptr + (o_v.to(tl.int64) * stride_wv)", "p_weight = d_weight_ptr + (o_c.to(tl.int64) * stride_wv)"),
     "weight gradient of the last rows only": (WALK, "add_matmul(d_chunk, dz.T, hidden_rows)", "matmul(dz.T, hidden_rows, out=d_chunk)"),
 }  # fmt: skip
 
 
-def test_there_are_37_and_each_changes_one_place():
-    assert len(MUTANTS) == 37
+def test_there_are_39_and_each_changes_one_place():
+    assert len(MUTANTS) == 39
     for name, (file, old, new) in MUTANTS.items():
         assert (ROOT / file).read_text().count(old) == 1, name
         assert old != new
@@ -84,7 +87,7 @@ def _caught(tmp_path: Path, file: str, old: str, new: str) -> bool:
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/head/test_sparse.py" if file in (SPARSE, CHOICE, GATHERED) else "tests/head/test_logps.py",
+        "tests/head/test_sparse.py" if file in (SPARSE, SCATTERED, CHOICE, GATHERED) else "tests/head/test_logps.py",
         "-k",
         "not gradcheck and not 500",
     ]

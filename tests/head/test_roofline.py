@@ -1,10 +1,13 @@
 """Derived times follow the shape and the card, and are those that the kernels were planned with."""
 
 import pytest
+import torch
 
 from bco_fast.cli.bench import bench
 from bco_fast.cli.common import UsageError
-from bco_fast.head.roofline import CARDS, Card, derive, matmul_s
+from bco_fast.head.dispatch import load_sparse
+from bco_fast.head.roofline import CARDS, Card, derive, matmul_s, sparse_ways
+from bco_fast.kernels.configs import scattered_from
 
 PLANNED = {"forward": 13.7e-3, "frozen": 28e-3, "trainable": 57e-3, "sparse": 35e-3}
 """On an H200 with 8192 tokens of an 8B Llama, from the plan of the kernels, another count than the module's."""
@@ -26,6 +29,19 @@ def test_no_pass_beats_its_matmuls_and_none_takes_four_times_as_long(name):
         for which, matmuls in (("matmul", 1), ("forward", 1), ("frozen", 2), ("trainable", 4)):
             assert matmuls * bare <= found[which] <= 4 * matmuls * bare, which
         assert derive(card, n, d, v, kept_fraction=0.3)["sparse"] > found["sparse"]
+
+
+@pytest.mark.parametrize("name", ["A100", "H100", "H200", "B200"])
+@pytest.mark.parametrize("shape", [(8192, 4096, 128256), (8192, 4096, 151936), (8192, 2304, 256000)], ids=str)
+def test_the_shares_at_which_a_sparse_backward_changes_its_way_are_derived(name, shape):
+    """What is taken costs at most 15 % more than the fastest way."""
+    dense = derive(CARDS[name], *shape)
+    dense = dense["trainable"] - dense["forward"]
+    break_even = load_sparse("triton").break_even(torch.bfloat16)
+    for share in (percent / 100 for percent in range(1, 60)):
+        ways = sparse_ways(CARDS[name], *shape, kept_fraction=share) | {"dense": dense}
+        sparse = "scattered" if share >= scattered_from(2, shape[1]) else "products"
+        assert ways["dense" if share >= break_even else sparse] <= 1.15 * min(ways.values()), (share, ways)
 
 
 def test_waves_are_whole():

@@ -1,6 +1,7 @@
 """The certified sparse backward: the bound holds, on every distribution and upstream gradient, and nothing else changes."""
 
 import importlib
+import itertools
 
 import pytest
 import ranks
@@ -122,6 +123,73 @@ def test_all_gradients_are_those_of_the_kept_blocks(backend, options, always):
     assert 1e-3 < relative_error(loose["d_weight"], truth["d_weight"]) < 0.5
 
 
+def _forced(monkeypatch, *, scattered: bool) -> None:
+    """How the triton backend makes d hidden: by one matmul over a group's gradient, or from a product of each block."""
+    sparse = load_sparse("triton")
+    monkeypatch.setattr(sparse.configs, "scattered_from", lambda itemsize, width: 0.0 if scattered else 2.0)
+    monkeypatch.setattr(sparse, "FEWEST_COLUMNS", 1)
+
+
+@pytest.mark.parametrize("workspace", [2 << 20, 400_000], ids=["one group", "groups"])
+def test_a_scattered_gradient_is_that_of_the_torch_backend(workspace, always, poisoned, monkeypatch):
+    """Tiles of 256 columns there too, so that both keep the same blocks; the last tile is ragged."""
+    monkeypatch.setattr(load_backend("torch"), "MASS_TILE", 256)
+    _forced(monkeypatch, scattered=True)
+    made = case(60, 1100, 40, spread=6.0, bias=True, options="everything")
+    found, expected = (
+        run(made, backend, torch.float32, sparse_tolerance=0.05, workspace_bytes=workspace)
+        for backend in ("triton", "torch")
+    )
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor.double()) < 3e-6, name
+
+
+def test_a_scattered_gradient_changes_no_bit_of_the_weights(always, monkeypatch):
+    made, found = case(60, 700, 24, spread=6.0, bias=True), []
+    for scattered in (True, False):
+        _forced(monkeypatch, scattered=scattered)
+        found.append(run(made, "triton", torch.float32, sparse_tolerance=0.05))
+    scattered, products = found
+    assert torch.equal(scattered["d_weight"], products["d_weight"])
+    assert torch.equal(scattered["d_bias"], products["d_bias"])
+    assert 0 < relative_error(scattered["d_hidden"], products["d_hidden"].double()) < 1e-6
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["products", "scattered"])
+def test_groups_under_autocast_carry_no_tile_that_is_whole(scattered, always, poisoned, monkeypatch):
+    """The weight is cast in groups of tiles; the last tile of one must not begin the next with a carried sum."""
+    _forced(monkeypatch, scattered=scattered)
+    made = case(30, 1300, 64, spread=6.0, ignored=0.0)
+    hidden, weight = made.hidden.float().requires_grad_(), made.weight.float().requires_grad_()
+    options = {"ignore_index": -100, "sparse_tolerance": 2.0**-9, "workspace_bytes": 560_000}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = fused_linear_logps(hidden, weight, made.targets, backend="triton", **options)
+    (logps * made.upstream).sum().backward()
+    low = (tensor.bfloat16().double() for tensor in (made.hidden, made.weight))
+    truth = run(Case(*low, made.targets, upstream=made.upstream), "reference", torch.float64)
+    assert relative_error(weight.grad, truth["d_weight"]) < 0.01
+    assert relative_error(hidden.grad, truth["d_hidden"]) < 0.01
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_cut_a_tile_only_where_the_capacity_ends(seed):
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 9, (12,), generator=g) * (torch.rand(12, generator=g) < 0.7)
+    offsets = [0, *counts.cumsum(0).tolist()]
+    capacity, most_tiles = int(torch.randint(1, 25, (), generator=g)), int(torch.randint(1, 5, (), generator=g))
+    groups = list(load_sparse("triton")._groups(offsets, capacity, most_tiles))
+    assert (groups[0].tile, groups[0].first, groups[-1].end, groups[-1].last) == (0, 0, 12, offsets[-1])
+    for group in groups:
+        assert group.tiles <= most_tiles
+        assert group.last - group.first <= capacity
+        parts = [min(offsets[t + 1], group.last) - max(offsets[t], group.first) for t in range(group.tile, group.end)]
+        assert group.most >= max(parts)
+    for before, after in itertools.pairwise(groups):
+        assert before.last == after.first
+        whole = offsets[before.end] == before.last
+        assert after.tile == before.end - (not whole) or (whole and before.last - before.first == capacity)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_whatever_the_workspace_holds(backend, always):
     """Blocks are chosen from the same masses; a row's and a tile's sums are added in one order."""
@@ -233,7 +301,7 @@ def test_bad_options_are_refused(options, message):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mass_and_sparse_backward_stay_in_the_workspace(backend):
+def test_mass_and_sparse_backward_stay_in_the_workspace(backend, monkeypatch):
     """Beside it the mass table, 64 bytes for every kept block and row, and 4ND bytes."""
     if backend == "triton fold":
         pytest.skip("the backward is that of triton")
@@ -250,11 +318,14 @@ def test_mass_and_sparse_backward_stay_in_the_workspace(backend):
     saved = HeadSaved(inputs, out.logps, out.row_max, out.row_sum, None, out.row_argmax, out.mass)
     width = module.MASS_TILE
     choice = choose_blocks(upstream, saved, 0.01, width=width, sharded=False, break_even=1.1, workspace_bytes=workspace)
-    for need in (HeadNeed(True, True, True), HeadNeed(False, True, False), HeadNeed(True, False, True)):
+    needs = HeadNeed(True, True, True), HeadNeed(False, True, False), HeadNeed(True, False, True)
+    for need, scattered in [(need, False) for need in needs] + [(needs[0], True)] * (backend == "triton"):
+        if backend == "triton":
+            _forced(monkeypatch, scattered=scattered)
         with PeakBytes() as memory:
             grads = load_sparse(backend).backward(upstream, saved, choice.blocks, need, workspace)
         beside = _bytes(grads) + 64 * (len(choice.blocks.rows) + 70) + 4 * 70 * 40
-        assert _bytes(grads) < memory.peak <= workspace + beside, need
+        assert _bytes(grads) < memory.peak <= workspace + beside, (need, scattered)
 
 
 def test_low_precision_operands_as_a_gpu_has_them(always, request):

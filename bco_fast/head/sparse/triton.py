@@ -17,14 +17,21 @@ from ...kernels.sparse_backward import (
     gathered_product_kernel,
 )
 from ..backends.launching import INTERPRETED, TRITON_DTYPE, constants, here, launch
+from ..backends.products import add_matmul, adds_in_place, uses_onednn
 from ..tiling import accumulator_dtype
 from ..types import Grads, HeadNeed, HeadSaved, KeptBlocks
 
 
 def break_even(dtype: torch.dtype) -> float:
-    """Kept fraction at which the dense backward becomes the faster one. Not measured yet; derived: gathered bf16 rows at
-    half of cuBLAS's rate, and 8 bytes of products for each kept row and hidden unit. Triton multiplies no float64."""
-    return (1.1 if INTERPRETED else 0.0) if dtype == torch.float64 else 0.29
+    """Kept fraction at which the dense backward becomes the faster one. Not measured yet; derived (`head.roofline`) from
+    gathered rows at 0.3 of cuBLAS's rate. Triton multiplies no float64."""
+    if dtype == torch.float64:
+        return 1.1 if INTERPRETED else 0.0
+    return 0.35 if dtype.itemsize <= 2 else 0.29
+
+
+# Of a scattered gradient's group. Fewer, and the passes over the sums [N, D] cost more than the products that they save.
+FEWEST_COLUMNS = 2048
 
 
 class _Group(NamedTuple):
@@ -56,7 +63,10 @@ def backward(
         if need.weight or need.bias:
             launches.dweight(group, turn)
         if need.hidden and group.first < group.last:
-            launches.dhidden(group, chunk)
+            if launches.scattered:
+                launches.dhidden_at_once(chunk)
+            else:
+                launches.dhidden(group, chunk)
     sums = launches.d_hidden, launches.d_weight, launches.d_bias
     leaves = saved.inputs.hidden, saved.inputs.weight, saved.inputs.bias
     return tuple(None if total is None else total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True))
@@ -74,21 +84,37 @@ class _Launches:
         self.dtype = dtype = accumulator_dtype(hidden.dtype)
         self.low = hidden.itemsize <= 2
         left = workspace_bytes - 2 * width * d * dtype.itemsize  # two carries
-        self.most_tiles = 65535  # of a launch's grid
-        if weight.dtype != hidden.dtype:  # a group's weights are cast
-            self.most_tiles = min(max(left // 2 // (width * d * hidden.itemsize), 1), self.most_tiles)
-            left //= 2
-        # dlogits and their product with the weights; and the lists by row: two of int64, sorted.
-        capacity = max(left // (width * hidden.itemsize + d * dtype.itemsize + 32), 1)
-        self.capacity = min(capacity, max(len(blocks.rows), 1))
-        new = hidden.new_empty
-        self.dz = new((self.capacity, width))
-        self.products = new((self.capacity, d), dtype=dtype) if need.hidden else None
+        cast = width * d * hidden.itemsize * (weight.dtype != saved.inputs.hidden.dtype)  # a group's weights
+        new, kept, most = hidden.new_empty, max(len(blocks.rows), 1), 65535  # tiles of a launch's grid
+        tiles = self._scattered_tiles(left, cast) if need.hidden else 0
+        self.scattered = tiles > 0
+        if self.scattered:
+            self.capacity, self.most_tiles = kept, min(tiles, most)
+            self.dz, self.products = new((len(hidden), self.most_tiles * width)), None
+        else:
+            self.most_tiles = min(max(left // 2 // cast, 1), most) if cast else most
+            left = left // 2 if cast else left
+            # dlogits and their product with the weights; and the lists by row: two of int64, sorted.
+            self.capacity = min(max(left // (width * hidden.itemsize + d * dtype.itemsize + 32), 1), kept)
+            self.dz = new((self.capacity, width))
+            self.products = new((self.capacity, d), dtype=dtype) if need.hidden else None
         self.carries = new((2, width, d), dtype=dtype)
         self.offsets = torch.tensor(blocks.offsets, device=hidden.device)
         self.d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need.hidden else None
         self.d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need.weight else None
         self.d_bias = hidden.new_zeros(self.v, dtype=dtype) if need.bias else None
+
+    def _scattered_tiles(self, left: int, cast: int) -> int:
+        """Tiles of a group whose gradient is held whole, zero where no block was kept; 0 where products cost less."""
+        given, (n, d), width = self.saved.inputs.hidden, self.hidden.shape, self.blocks.width
+        tiles = len(self.blocks.offsets) - 1
+        if len(self.blocks.rows) < configs.scattered_from(given.itemsize, d) * n * tiles:
+            return 0
+        if not adds_in_place(self.hidden.device, self.hidden.dtype):
+            left -= n * d * self.dtype.itemsize
+        copies = 1 + uses_onednn(self.hidden)  # of a gradient whose rows have a gap between them
+        most = min(left // (copies * n * width * self.hidden.itemsize + cast), tiles)
+        return most if most >= min(FEWEST_COLUMNS // width, tiles) else 0
 
     def weight_of(self, group: _Group) -> Tensor:
         """The rows of the weight that belong to the group's tiles, in the dtype of hidden."""
@@ -108,17 +134,22 @@ class _Launches:
             "ACC": TRITON_DTYPE[self.dtype],
         }
 
+    def _scattering(self) -> dict:
+        return {"stride_zn": self.dz.stride(0), "SCATTERED": self.scattered}
+
     def dlogits(self, group: _Group, weight: Tensor) -> None:
         hidden, saved, (_, _, targets, bias, spec) = self.hidden, self.saved, self.saved.inputs
         extras = bias is not None or spec.softcap is not None
         config = here(configs.gathered_dlogits(hidden.itemsize, extras=extras))
+        if self.scattered:
+            self.dz.zero_()
         grid = _count(group.most, config.block_n), group.tiles, self.blocks.width // config.block_v
         launch(
             gathered_dlogits_kernel, grid, config, hidden.device,
             hidden_ptr=hidden, weight_ptr=weight, rows_ptr=self.blocks.rows, target_ptr=targets,
             logp_ptr=saved.logps, row_max_ptr=saved.row_max, row_sum_ptr=saved.row_sum, argmax_ptr=saved.row_argmax,
             grad_logp_ptr=self.grad_logps, out_ptr=self.dz, stride_hn=hidden.stride(0), stride_wv=weight.stride(0),
-            **self._arguments(group), **constants(spec, bias),
+            **self._scattering(), **self._arguments(group), **constants(spec, bias),
         )  # fmt: skip
 
     def dweight(self, group: _Group, turn: int) -> None:
@@ -131,7 +162,7 @@ class _Launches:
             hidden_ptr=self.hidden, dz_ptr=self.dz, rows_ptr=self.blocks.rows, carry_in_ptr=self.carries[turn % 2],
             carry_out_ptr=self.carries[1 - turn % 2], d_weight_ptr=self.d_weight, d_bias_ptr=self.d_bias,
             stride_hn=self.hidden.stride(0), stride_wv=d, HAS_WEIGHT=self.need.weight, HAS_BIAS=self.need.bias,
-            **self._arguments(group),
+            **self._scattering(), **self._arguments(group),
         )  # fmt: skip
 
     def dhidden(self, group: _Group, weight: Tensor) -> None:
@@ -151,18 +182,25 @@ class _Launches:
             product_ptr=self.products, place_ptr=by_row.indices, row_start_ptr=row_start, d_hidden_ptr=self.d_hidden, D=d,
         )  # fmt: skip
 
+    def dhidden_at_once(self, weight: Tensor) -> None:
+        add_matmul(self.d_hidden, self.dz[:, : len(weight)], weight)
+
 
 def _count(total: int, block: int) -> int:
     return max(triton.cdiv(total, block), 1)
 
 
 def _groups(offsets: list[int], capacity: int, most_tiles: int) -> Iterator[_Group]:
-    """All tiles in order, those without a block too: their gradient is 0 and must be written."""
+    """All tiles in order, those without a block too: their gradient is 0 and must be written. Only a lack of capacity cuts a
+    tile: a kernel takes a tile that began before its group for one whose sum is carried."""
     tile, first, most, tiles = 0, 0, 0, len(offsets) - 1
     for t in range(tiles):
         start = offsets[t]
-        while offsets[t + 1] - first > capacity or t + 1 - tile > most_tiles:
-            last = min(first + capacity, offsets[t + 1])
+        if t - tile == most_tiles:
+            yield _Group(tile, t, first, start, most)
+            tile, first, most = t, start, 0
+        while offsets[t + 1] - first > capacity:
+            last = first + capacity
             yield _Group(tile, t + 1, first, last, max(most, last - max(start, first)))
             tile, first, most = t, last, 0
         most = max(most, offsets[t + 1] - max(start, first))
