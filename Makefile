@@ -101,11 +101,12 @@ bench-peers: venv venv-peers
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/publish.py
 
-# About seven minutes of one core.
-# What --help prints without importing transformers.
+# What --help prints without importing transformers, and the reference of the command line in docs/.
 help-pages: venv
 	for c in train online reward; do $(RUN) -c "from bco_fast.cli.$$c import $$c; $$c(['--help'])" > bco_fast/cli/help/$$c.txt || exit 1; done
+	$(RUN) docs/_cli.py
 
+# About seven minutes of one core.
 claims: venv
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/claims.py
 	$(RUN) benchmarks/claims_page.py

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from test_imports import ROOMS
 
 import bco_fast
-from bco_fast import _moved
+from bco_fast import _moved, cli
 from bco_fast.losses import OBJECTIVES
 from bco_fast.online.config import OnlineConfig
 from bco_fast.training.config import FeedbackConfig
@@ -19,6 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 SOURCE = "".join(path.read_text() for path in (DOCS.parent / "bco_fast" / "cli").glob("*.py"))
 FLAGS = {*OnlineConfig.__dataclass_fields__, *re.findall(r'"--([a-z_0-9]+)"', SOURCE), "config_file"}
 """Of every command; config_file is accelerate's."""
+COMMAND = re.compile(r"  --|(bco-fast|accelerate|torchrun|srun|python|hf|pip|vllm|make|curl|[A-Z_]+=\S+) ")
 PAGE = (DOCS / "objectives.md").read_text()
 
 
@@ -81,6 +83,25 @@ def test_every_page_is_on_the_site_and_its_links_lead_somewhere():
         assert f": {page.relative_to(DOCS).as_posix()}\n" in site, page
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the page holds the texts of transformers 5")
+def test_the_reference_of_the_command_line_is_that_of_the_parsers():
+    spec = importlib.util.spec_from_file_location("_cli", DOCS / "_cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    now = module.page()
+    assert now.count("\n## ") == len(cli.COMMANDS)
+    assert all(f"| `--{flag}" in now for flag in ("beta", "resamples", "converter", "older_than"))
+    assert now == module.PAGE.read_text(), "run `make help-pages`"
+
+
+def test_commands_fit_a_line_of_the_site():
+    for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+        for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.splitlines():
+                if page.name != "cli.md" and COMMAND.match(line):
+                    assert len(line) <= 86, f"{page.name}: break with a backslash: {line}"
 
 
 def test_the_changelog_lists_every_import_path_that_moved():

@@ -57,7 +57,11 @@ def cache(arguments: list[str]) -> None:
 
 def _parser(command: str, *, one_reference: bool = True) -> Parser:
     parser = Parser(prog=f"bco-fast cache {command}")
-    parser.add_argument("--cache_dir", default=default_cache_dir(), help="folder of the cache")
+    parser.add_argument(
+        "--cache_dir",
+        default=default_cache_dir(),
+        help="folder of the cache (default: $BCO_FAST_CACHE, or bco_fast in the user's cache folder)",
+    )
     if one_reference:
         parser.add_argument("--reference", default="", help="beginning of a reference's name (default: all references)")
     return parser
