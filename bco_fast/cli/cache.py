@@ -22,6 +22,7 @@ import numpy as np
 
 from ..files import atomic_path, stale_files
 from ..losses import OBJECTIVES, Objective
+from ..losses.sums import find_objective
 from ..reference.cache import MANIFEST, CacheError, ReferenceCache, default_cache_dir
 from ..reference.seen import SeenShards
 from ..reference.shards import SHARD_NAME, BadShard
@@ -84,9 +85,10 @@ def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective,
     )
     parser.add_argument(
         "--loss_type",
+        nargs="+",
         choices=OBJECTIVES,
-        default="bco",
-        help="objective that will train: it decides which columns are read and whether kto's mismatched rows are computed",
+        default=["bco"],
+        help="objectives that will train: they decide which columns are read and whether kto's mismatched rows are computed",
     )
     parser.add_argument(
         "--shard",
@@ -103,11 +105,11 @@ def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective,
     if not 1 <= part <= parts:
         raise UsageError(f"--shard {options.shard}: must be I/N with I from 1 to N")
     options.bf16, options.fp16 = options.autocast == "bf16", options.autocast == "fp16"
-    objective = OBJECTIVES[options.loss_type]
-    if not objective.reference:
-        raise UsageError(f"--loss_type {options.loss_type} reads no reference")
     with usage_errors(ValueError):
+        objective = find_objective("+".join(options.loss_type))
         check_numbers(options)
+    if not objective.reference:
+        raise UsageError(f"--loss_type {' '.join(options.loss_type)} reads no reference")
     check_input("--data", options.data)
     check_writable("--cache_dir", options.cache_dir)
     return options, objective, (part, parts)

@@ -13,6 +13,7 @@ _SHOWN = 240
 
 def check(arguments: list[str]) -> dict:
     from ..losses import OBJECTIVES
+    from ..losses.sums import find_objective
 
     options = _parse(arguments, OBJECTIVES)
 
@@ -33,8 +34,8 @@ def check(arguments: list[str]) -> dict:
     if most and options.max_length > most:
         raise common.UsageError(f"--max_length is {options.max_length}, but the model has {most} positions")
     tokenizer = common.open_tokenizer("--model", options.model, options.trust_remote_code)
-    objective = OBJECTIVES.get(options.loss_type)
     with common.usage_errors(ValueError):
+        objective = find_objective("+".join(options.loss_type)) if options.loss_type else None
         tokenizer = with_template(tokenizer, options.chat_template)
         with common.usage_errors(FeedbackError, prefix="DATA "):
             needs = objective.data if objective else needs_of(options.data, options.columns)
@@ -58,7 +59,10 @@ def _parse(arguments: list[str], objectives):
         "--model", required=True, help="folder of a causal language model, or a Hub name; its tokenizer"
     )
     parser.add_argument(
-        "--loss_type", choices=objectives, help="objective that will train (default: what the rows have)"
+        "--loss_type",
+        nargs="+",
+        choices=objectives,
+        help="objectives that will train (default: what the rows have)",
     )
     common.add_objective_option(parser)
     common.add_code_option(parser)

@@ -101,7 +101,8 @@ class Help(argparse.HelpFormatter):
         word = "true|false" if action.nargs == "?" else {int: "INT", float: "NUMBER"}.get(action.type, "VALUE")
         words = self._format_args(action, word)
         if action.choices:
-            words = "{" + ",".join(map(str, action.choices)) + "}" if len(action.choices) <= 6 else "NAME"
+            name = "{" + ",".join(map(str, action.choices)) + "}" if len(action.choices) <= 6 else "NAME"
+            words = f"{name} [{name} ...]" if action.nargs == "+" else name
         return f"{action.option_strings[0]} {words}".rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -109,6 +110,7 @@ class Help(argparse.HelpFormatter):
         if action.required or action.nargs == 0 or "default:" in text.lower() or text.endswith("required"):
             return text
         default = getattr(action.default, "value", action.default)
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "none" if default in (None, "") else str(default).lower() if isinstance(default, bool) else str(default)
         return f"{text} (default: {shown})"
 
@@ -139,7 +141,11 @@ def config_parser(config_class: type, **options) -> Parser:
     """A parser of the fields of a config."""
     from transformers import HfArgumentParser
 
-    return type("ConfigParser", (Parser, HfArgumentParser), {})(config_class, add_help=False, **options)
+    parser = type("ConfigParser", (Parser, HfArgumentParser), {})(config_class, add_help=False, **options)
+    for action in parser._actions:
+        if action.dest == "loss_type":  # HfArgumentParser drops the default of a list
+            action.default = config_class.__dataclass_fields__["loss_type"].default
+    return parser
 
 
 def add_fields(parser: Parser, config_class: type, names: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from transformers import TrainingArguments
 
 from ..losses import OBJECTIVES
+from ..losses.sums import find_objective
 from ..training.config import NOT_READ, FeedbackConfig
 from ..training.trainer import FeedbackTrainer
 
@@ -42,9 +43,11 @@ class Plugin(BasePlugin):
         wanted = options.get("loss_type", None if cfg.get("rl") in ITS_OWN else cfg.get("rl"))
         if wanted is None:
             return
-        if wanted not in OBJECTIVES:
+        if isinstance(wanted, list):
+            wanted = "+".join(wanted)
+        if not set(wanted.split("+")) <= set(OBJECTIVES):
             raise ValueError(f"rl must be one of axolotl's methods, or of {', '.join(OBJECTIVES)}, not {wanted!r}")
-        objective = OBJECTIVES[wanted]
+        objective = find_objective(wanted)
         if objective.data not in ("labels", "pairs"):
             raise ValueError(f"rl: {wanted} reads scores, for which axolotl has no data format; use bco-fast train")
         known = FeedbackConfig.__dataclass_fields__

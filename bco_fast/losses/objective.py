@@ -39,6 +39,8 @@ class Objective:
     """The loss is a mean over the tokens of thumbs up, not over rows."""
     batchwise: bool = False
     """Its costs depend on which pairs share a micro-batch, and belong to none of them."""
+    part_weights: Mapping[str, float] = field(default_factory=dict)
+    """Of a sum, the weights of its objectives by name (`sums`)."""
 
     @property
     def paired(self) -> bool:

@@ -21,7 +21,7 @@ class LossOutput:
     loss: Tensor
     """Scalar, differentiable."""
     per_example: Tensor
-    """[B], differentiable; before `sample_weight`. One number per pair in a paired objective."""
+    """[B], differentiable; before `sample_weight`. One number per pair in a paired objective; [P, B] of a sum of P."""
     rewards: Tensor
     """[B], detached: the implicit reward r, before any shift."""
     logps: Tensor

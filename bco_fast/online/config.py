@@ -23,7 +23,11 @@ class OnlineConfig(FeedbackConfig):
         ValueError: as `FeedbackConfig`; a paired objective; no max_steps; an option that the generator does not read.
     """
 
-    loss_type: str = _option("una_score", "Unpaired objective.", choices=FeedbackConfig.__dataclass_fields__["loss_type"].metadata["choices"])  # fmt: skip
+    loss_type: list[str] | str = _option(  # noqa: RUF009
+        "una_score",
+        "Unpaired objective, or several for their weighted sum.",
+        choices=FeedbackConfig.__dataclass_fields__["loss_type"].metadata["choices"],
+    )
     steps_per_round: int = _option(8, "Optimizer steps on the completions of one round.")
     samples_per_prompt: int = _option(4, "Completions of each prompt in a round.")
     replay_epochs: int = _option(1, "Times a round's completions are trained on within its steps.")

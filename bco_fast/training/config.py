@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..losses import OBJECTIVES, Objective
 from ..losses.divergence import DIVERGENCES
 from ..losses.reward_shift import MODES, RewardShift
+from ..losses.sums import Sum, find_objective
 from . import values
 
 
@@ -60,7 +61,12 @@ class FeedbackConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Always false: the dataset holds tokens, not columns.")
     logging_nan_inf_filter: bool = _option(False, "Always false: a loss that is not finite stops the run.")
 
-    loss_type: str = _option("bco", f"Objective: {', '.join(OBJECTIVES)}.", choices=OBJECTIVES)
+    loss_type: list[str] | str = _option(  # noqa: RUF009
+        "bco", f"Objective, or several for their weighted sum: {', '.join(OBJECTIVES)}.", choices=OBJECTIVES
+    )
+    loss_weights: list[float] | None = _option(  # noqa: RUF009
+        None, "Weights of a sum of objectives, > 0. Default: 1 each."
+    )
     beta: float | None = _option(
         None, "Reward per nat of log-ratio, > 0. Default: the paper's, 0.1 for most, see docs/objectives.md."
     )
@@ -91,12 +97,11 @@ class FeedbackConfig(TrainingArguments):
     )
     f_divergence_type: str = _option(
         "reverse_kl",
-        "Divergence from the reference in dpo, ipo, robust, exo_pair, hinge, sigmoid_norm and discopop: reverse_kl, forward_kl, "
-        "js_divergence or alpha_divergence.",
+        "Divergence from the reference in dpo and six others, see docs/objectives.md.",
         choices=list(DIVERGENCES),
     )
     f_alpha_divergence_coef: float = _option(
-        0.5, "Exponent of alpha_divergence: 0 is forward_kl, 1 is reverse_kl; a pure number."
+        0.5, "Exponent of alpha_divergence, mostly in [0, 1]: 0 is forward_kl, 1 is reverse_kl."
     )
     exo_epsilon: float = _option(
         0.001, "Share of the probability that exo_pair leaves to the rejected completion, (0, 0.5)."
@@ -222,8 +227,9 @@ class FeedbackConfig(TrainingArguments):
     def __post_init__(self):
         values.check_texts(self)
         super().__post_init__()
-        if self.loss_type not in OBJECTIVES:
-            raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, not {self.loss_type!r}")
+        if not isinstance(self.loss_type, str):  # None: HfArgumentParser drops the default of a list
+            self.loss_type = "+".join(self.loss_type or [type(self).__dataclass_fields__["loss_type"].default])
+        find_objective(self.loss_type, self.loss_weights)  # raises on names and weights that do not fit
         if self.beta is None:
             self.beta = self.objective.beta
         elif self.objective.beta is None:
@@ -283,7 +289,7 @@ class FeedbackConfig(TrainingArguments):
         """Options that the objective would ignore are refused: somebody meant something by them."""
         ours = type(self).__dataclass_fields__
         unpaired = ("reduction", "desirable_weight", "undesirable_weight", "oversample", "batch_composition", "pairing_ratio")  # fmt: skip
-        objective = OBJECTIVES[self.loss_type]
+        objective = find_objective(self.loss_type, self.loss_weights)
         useless = {
             "pairs": unpaired if objective.paired else [],
             "shift": [] if objective.shift else ("shift_mode",),
@@ -300,6 +306,9 @@ class FeedbackConfig(TrainingArguments):
             raise ValueError(
                 f"f_alpha_divergence_coef is for f_divergence_type alpha_divergence, not {self.f_divergence_type}"
             )
+        other = [name for name, part in getattr(objective, "parts", {}).items() if part.reference and "f_divergence_type" not in part.options]  # fmt: skip
+        if other and self._given("f_divergence_type"):
+            raise ValueError(f"f_divergence_type is not defined for {other[0]}, a part of {self.loss_type}")
         if objective.batchwise and (self.tokens_per_batch is not None or self.per_device_train_batch_size < 2):
             raise ValueError(
                 f"{self.loss_type} sorts the pairs of a micro-batch: give per_device_train_batch_size, at least 2, and no "
@@ -318,14 +327,25 @@ class FeedbackConfig(TrainingArguments):
 
     @property
     def objective(self) -> Objective:
-        objective = OBJECTIVES[self.loss_type]
+        objective = find_objective(self.loss_type, self.loss_weights)
+        if isinstance(objective, Sum):
+            return replace(objective, parts={name: self._decided(part) for name, part in objective.parts.items()})
+        return self._decided(objective)
+
+    def _decided(self, objective: Objective) -> Objective:
         return replace(objective, lengths=self.length_normalized) if objective.lengths is None else objective
 
     @property
-    def settings(self) -> dict[str, float]:
-        """beta and the objective's own hyper-parameters, by keyword of its loss."""
-        beta = {} if self.beta is None else {"beta": self.beta}
-        return beta | {keyword: getattr(self, name) for name, keyword in self.objective.options.items()}
+    def settings(self) -> dict:
+        """beta and the objective's own hyper-parameters, by keyword of its loss; of a sum those of each part, by name."""
+        objective = self.objective
+        if isinstance(objective, Sum):
+            return {name: self._settings_of(part) for name, part in objective.parts.items()}
+        return self._settings_of(objective)
+
+    def _settings_of(self, objective: Objective) -> dict[str, float | str]:
+        beta = {} if objective.beta is None else {"beta": self.beta}
+        return beta | {keyword: getattr(self, name) for name, keyword in objective.options.items()}
 
     def new_shift(self) -> RewardShift:
         mode = self.shift_mode or self.objective.shift or "fixed"

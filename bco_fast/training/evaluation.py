@@ -12,11 +12,13 @@ from ..data.batch import Batch
 from ..losses import LossOutput, Objective
 from ..losses.metrics import auc, unpaired_metrics, unpaired_sums
 
-COLUMNS = ("rewards", "logps", "per_example", "threshold", "weight", "ref_logps", "mismatched", "lengths")
+COLUMNS = ("rewards", "logps", "threshold", "weight", "ref_logps", "mismatched", "lengths")
+FIRST_COST = 2
+"""Before this column come the costs, as many as the objective has parts."""
 
 
 def evaluation_rows(out: LossOutput, batch: Batch, mismatched: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What evaluation keeps of a batch: numbers [items, sides, COLUMNS] float64, and labels [items, sides] bool.
+    """What evaluation keeps of a batch: numbers [items, sides, COLUMNS + P] float64, and labels [items, sides] bool.
 
     One row for each item of the dataset, so that gathering over ranks can drop what padded the last batch.
 
@@ -27,19 +29,20 @@ def evaluation_rows(out: LossOutput, batch: Batch, mismatched: Tensor | None = N
     columns = {
         "rewards": out.rewards,
         "logps": out.logps,
-        "per_example": out.per_example.repeat(sides),
         "threshold": torch.zeros_like(out.rewards) + out.threshold,
         "weight": batch["weight"],
         "lengths": batch["cu_completions"].diff(),
         "ref_logps": batch["ref_logps"],
         "mismatched": torch.zeros_like(out.rewards) if mismatched is None else mismatched,
     }
-    rows = torch.stack([columns[name].detach().double() for name in COLUMNS], dim=-1)
+    kept = [columns[name] for name in COLUMNS]
+    kept[FIRST_COST:FIRST_COST] = torch.atleast_2d(out.per_example).repeat(1, sides)
+    rows = torch.stack([column.detach().double() for column in kept], dim=-1)
     return torch.stack(rows.chunk(sides), dim=1), torch.stack(out.labels.chunk(sides), dim=1)
 
 
 def evaluation_metrics(
-    columns: Tensor,  # [items, sides, COLUMNS]
+    columns: Tensor,  # [items, sides, COLUMNS + P]
     labels: Tensor,  # [items, sides] bool
     objective: Objective,
     settings: Mapping[str, float],
@@ -53,20 +56,24 @@ def evaluation_metrics(
         settings: of `Objective.run`.
         weighting: `reduction` and `class_weights` of `Objective.weights`.
     """
-    found = dict(zip(COLUMNS, columns.transpose(0, 1).flatten(0, 1).unbind(-1), strict=True))
+    rows = list(columns.transpose(0, 1).flatten(0, 1).unbind(-1))
+    last_cost = len(rows) - len(COLUMNS) + FIRST_COST
+    costs, rows[FIRST_COST:last_cost] = torch.stack(rows[FIRST_COST:last_cost]), []
+    found = dict(zip(COLUMNS, rows, strict=True))
     labels, paired = labels.T.flatten(), objective.paired
     if objective.mismatched:
         out = objective.loss(found["logps"], found["ref_logps"], labels, kl=found["mismatched"].mean(), **settings)
-        found |= {"per_example": out.per_example, "threshold": torch.zeros_like(out.rewards) + out.threshold}
+        costs, found["threshold"] = out.per_example[None], torch.zeros_like(out.rewards) + out.threshold
     up, down = labels.sum(), (~labels).sum()
     counts = torch.stack([up, 0 * down if paired else down, (found["lengths"] * labels).sum()]).double()
     cu_completions = F.pad(found["lengths"].long().cumsum(0), (1, 0))
-    rows = {"label": labels, "weight": found["weight"], "cu_completions": cu_completions}
-    weights = objective.weights(rows, counts, **weighting)
-    loss = (found["per_example"][: len(weights)] * weights).sum()
+    batch = {"label": labels, "weight": found["weight"], "cu_completions": cu_completions}
+    weights = torch.atleast_2d(objective.weights(batch, counts, **weighting))
+    losses = (costs[:, : weights.shape[1]] * weights).sum(1)
+    parts = {f"loss/{name}": loss / w for (name, w), loss in zip(objective.part_weights.items(), losses, strict=False)}
     class_weights = (1.0, 1.0) if paired else weighting.get("class_weights", (1.0, 1.0))
     sums = unpaired_sums(
         found["rewards"], found["logps"], labels, found["threshold"], paired=paired,
         weight=found["weight"] * torch.where(labels, *class_weights),
     )  # fmt: skip
-    return {"loss": loss, **unpaired_metrics(sums), "rewards/auc": auc(found["rewards"], labels)}
+    return {"loss": losses.sum(), **parts, **unpaired_metrics(sums), "rewards/auc": auc(found["rewards"], labels)}

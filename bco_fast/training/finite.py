@@ -40,12 +40,14 @@ class FiniteWatch:
         """Take in the costs of a micro-batch.
 
         Args:
-            per_example: [B] or, of pairs, [B / 2].
+            per_example: [B] or, of pairs, [B / 2]; of a sum of P objectives [P, ...].
             rows: [B] int64, their numbers in the dataset.
             step: of the optimizer, from 1.
         """
-        rows = rows[: len(per_example)]
-        bad = torch.where(per_example.detach().isfinite(), -1, rows).topk(min(NAMED_ROWS, len(rows))).values
+        finite = per_example.detach().isfinite()
+        finite = finite if finite.dim() == 1 else finite.all(0)
+        rows = rows[: len(finite)]
+        bad = torch.where(finite, -1, rows).topk(min(NAMED_ROWS, len(rows))).values
         self._keep(bad[0] >= 0, F.pad(bad, (0, NAMED_ROWS - len(bad)), value=-1), step)
 
     def gradient(self, norm: Tensor | float, step: int) -> None:

@@ -73,8 +73,7 @@ def model_card(record: Mapping, license: str | None = None) -> str:
     if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", license):
         raise ValueError(f"license must be one word, such as apache-2.0, not {license!r}")
     name, loss_type = str(record.get("model") or ""), record["loss_type"]
-    formula, source = SOURCES.get(loss_type, ("", ""))
-    arxiv = re.search(r"\d{4}\.\d{5}", source)
+    formula, source = _cost(record)
     trained, whole = record.get("trained_parameters", 0), record.get("parameters", 0)
     step, last = record.get("step", 0), record.get("max_steps", 0)
     parts = [
@@ -85,7 +84,7 @@ def model_card(record: Mapping, license: str | None = None) -> str:
         f"{_trained_part(record)}, {trained:,} of {whole:,} parameters.",
         "## Objective",
         f"`{loss_type}`: {formula}" + (f"; β = {record['beta']:g}" if record.get("beta") is not None else "") + "  ",
-        source + (f" (<https://arxiv.org/abs/{arxiv.group()}>)" if arxiv else ""),
+        source,
         _reading(record),
         "## Data",
         _data(record),
@@ -112,6 +111,23 @@ def _trained_part(record: Mapping) -> str:
     )
 
 
+def _cost(record: Mapping) -> tuple[str, str]:
+    """Cost and source of the objective; of a sum, of each of its objectives with its weight."""
+    names = record["loss_type"].split("+")
+    weights = record.get("options", {}).get("loss_weights") or [1.0] * len(names)
+    known = [SOURCES.get(name, (name, "")) for name in names]
+    costs = [cost for cost, _ in known]
+    if len(names) > 1:
+        costs = [f"{weight:g} · [{cost}]" for weight, cost in zip(weights, costs, strict=True)]
+    elif names[0] not in SOURCES:
+        return "", ""
+    sources = []
+    for source in dict.fromkeys(source for _, source in known if source):
+        arxiv = re.search(r"\d{4}\.\d{5}", source)
+        sources.append(source + (f" (<https://arxiv.org/abs/{arxiv.group()}>)" if arxiv else ""))
+    return " + ".join(costs), "; ".join(sources)
+
+
 def _front_matter(record: Mapping, license: str | None) -> str:
     name = str(record.get("model") or "")
     lines = ["---", f"library_name: {'peft' if record.get('adapter') and not record.get('merged') else 'transformers'}"]
@@ -119,7 +135,7 @@ def _front_matter(record: Mapping, license: str | None) -> str:
         lines.append(f"base_model: {json.dumps(name)}")
     if license is not None:
         lines.append(f"license: {json.dumps(license)}")
-    return "\n".join([*lines, "tags:", "- bco_fast", f"- {record['loss_type']}", "---"])
+    return "\n".join([*lines, "tags:", "- bco_fast", *(f"- {name}" for name in record["loss_type"].split("+")), "---"])
 
 
 def _reading(record: Mapping) -> str:

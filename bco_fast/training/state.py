@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ class FeedbackState(TrainerCallback, ExportableState):
 
     restores_itself = True
 
-    def __init__(self, shift: RewardShift):
+    def __init__(self, shift: RewardShift, part_weights: Mapping[str, float] | None = None):
+        """part_weights: of the objectives of a sum, whose losses are logged one by one."""
         self.shift = shift
+        self.part_weights = part_weights or {}
         self.head = HeadStats()
         self.batches: dict[str, int] = {}
         """How a step is cut, for a resume on another number of ranks."""
@@ -41,20 +43,21 @@ class FeedbackState(TrainerCallback, ExportableState):
         self._sums: Tensor | None = None  # [_DEVICE] float64
         self._numbers = dict.fromkeys(_HOST, 0.0)
 
-    def add(self, loss: Tensor, sums: Tensor | None, z_ref: Tensor | None = None, *, begins_step: bool = True) -> None:
+    def add(self, costs: Tensor, sums: Tensor | None, z_ref: Tensor | None = None, *, begins_step: bool = True) -> None:
         """Take in one micro-batch.
 
         Args:
-            loss: its part of the step's loss.
+            costs: [B], or [P, B] of a sum of P: their sum is its part of the step's loss.
             sums: its `unpaired_sums`; None for a placeholder.
             z_ref: of KTO, with the first micro-batch of a step.
 
         Steps and their z_ref are the same on all ranks, so the first rank alone counts them.
         """
-        first = own_rank() == 0
+        first, loss = own_rank() == 0, costs.sum()
         kl = z_ref if first and z_ref is not None else loss * 0
         sums = loss.new_zeros(len(FIELDS), dtype=torch.float64) if sums is None else sums
-        row = torch.cat([torch.stack([loss.double(), kl.double()]), sums])
+        parts = costs.double().sum(1) if self.part_weights else sums[:0]
+        row = torch.cat([torch.stack([loss.double(), kl.double()]), sums, parts])
         self._sums = row if self._sums is None else self._sums + row
         self._add_backward()
         self._numbers["steps"] += begins_step and first
@@ -67,10 +70,11 @@ class FeedbackState(TrainerCallback, ExportableState):
             self._numbers["sparse"] += 1
             self.head.clear()
 
-    def _over_ranks(self, device: torch.device) -> Tensor:  # [_DEVICE + _HOST] float64
+    def _over_ranks(self, device: torch.device) -> Tensor:  # [_DEVICE + parts + _HOST] float64
         """The window's sums over all ranks; the next window starts empty."""
         self._add_backward()
-        sums = torch.zeros(len(_DEVICE), dtype=torch.float64) if self._sums is None else self._sums
+        length = len(_DEVICE) + len(self.part_weights)
+        sums = torch.zeros(length, dtype=torch.float64) if self._sums is None else self._sums
         numbers = torch.tensor(list(self._numbers.values()), dtype=torch.float64)
         self._clear()
         return all_reduce(torch.cat([sums.to(device), numbers.to(device)]))
@@ -81,11 +85,12 @@ class FeedbackState(TrainerCallback, ExportableState):
         Every rank must call it: one without a micro-batch since the last call adds zeros.
         """
         found = self._over_ranks(device).cpu()
-        named = dict(zip((*_DEVICE, *_HOST), found.tolist(), strict=True))
+        named = dict(zip((*_DEVICE, *self.part_weights, *_HOST), found.tolist(), strict=True))
         if not named["steps"]:
             return {}
         metrics = {"loss": named["loss"] / named["steps"], **unpaired_metrics(found[2 : len(_DEVICE)])}
         metrics["kl"] = named["kl"] / named["steps"]
+        metrics |= {f"loss/{name}": named[name] / named["steps"] / w for name, w in self.part_weights.items()}
         if named["sparse"]:
             metrics["head/rho"] = named["rho"] / named["sparse"]
             metrics["head/certified"] = named["certified"] / named["sparse"]
@@ -97,7 +102,7 @@ class FeedbackState(TrainerCallback, ExportableState):
             return
         found = self._over_ranks(device)
         if own_rank() == 0:
-            self._restore(found[: len(_DEVICE)], found[len(_DEVICE) :].tolist())
+            self._restore(found[: -len(_HOST)], found[-len(_HOST) :].tolist())
 
     def _restore(self, sums: Tensor, numbers: Sequence[float]) -> None:
         self._sums, self._numbers = sums, dict(zip(_HOST, numbers, strict=True))

@@ -85,7 +85,7 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
             train_dataset = oversample(train_dataset, args.seed)
         self.class_weights = _class_weights(train_dataset, args)
         self.weighting = {"reduction": args.reduction, "class_weights": self.class_weights}
-        self.feedback = FeedbackState(args.new_shift())
+        self.feedback = FeedbackState(args.new_shift(), self.objective.part_weights)
         set_seed(args.seed)  # the Trainer seeds after a new adapter, or a missing weight, has been drawn
         super().__init__(
             model=prepare_policy(model, args, peft_config, stats=self.feedback.head),
@@ -171,14 +171,14 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
         self.finite.begin(inputs["index"])
         with offloading(inputs["input_ids"].shape, self.args.activation_offloading and training):
             out, aux_loss = self._run(model, inputs, lambda: step.reference_point(model), observe=training)
-        loss = (out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)).sum()
+        costs = out.per_example * self.objective.weights(inputs, step.counts, **self.weighting)
         filled = "placeholder" not in inputs
         if training:
             z_ref = step.z_ref.clamp(min=0) if begins and step.z_ref is not None else None
-            self.feedback.add(loss.detach(), out.sums if filled else None, z_ref, begins_step=begins)
+            self.feedback.add(costs.detach(), out.sums if filled else None, z_ref, begins_step=begins)
             if filled:
                 self.finite.loss(out.per_example, inputs["index"], self.state.global_step + 1)
-        loss = loss.to(out.per_example.dtype)
+        loss = costs.sum().to(out.per_example.dtype)
         if aux_loss is not None:  # a mean over the tokens of a micro-batch
             loss = loss + filled * self._aux_weight * aux_loss.to(loss.device) / step.micro_batches
         if step is num_items_in_batch:
