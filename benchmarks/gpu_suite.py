@@ -226,9 +226,7 @@ def context_part(trials: list, benchmark: str, device: str, dtype: torch.dtype, 
             "tokens": tokens,
         }
         if case.startswith("bco_fast"):
-            memory = long_context.counted(
-                shape, tokens, lora=lora, device=device, layer_chunk_tokens=long_context.CHUNK
-            )
+            memory = long_context.counted(shape, tokens, lora=lora, device=device, **long_context.OURS[device])
             row["predicted_mb"] = round(memory.total / 1e6, 1)
         rows.append(row)
         with tempfile.TemporaryDirectory() as folder:

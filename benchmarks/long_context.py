@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 CPU_SHAPE, CPU_BUDGET_MB = "small", 192
 SHAPES = {CPU_SHAPE: Model(128, 32000, 4, 2, 2, 64, 344)} | MODELS
-CHUNK, LORA_RANK = 1024, 32
+OURS = {"cpu": {"layer_chunk_tokens": 256, "layer_checkpoints": 3}, "cuda": {"layer_chunk_tokens": 1024}}
+LORA_RANK = 32
 CPU_WORKSPACE, GPU_WORKSPACE = 16 << 20, 256 << 20
 CASES = {  # case: what runs, LoRA, environment
     "bco_fast, LoRA": ("ours", True, None),
@@ -76,7 +77,7 @@ def llama_config(shape: Model, tokens: int, **options):
 def counted(shape: Model, tokens: int, *, lora: bool, device: str, **switches) -> Memory:
     """What a step of ours holds at its fullest moment: `bco-fast plan`'s count.
 
-    In float32 on a CPU, else in bfloat16; checkpointed. switches: layer_chunk_tokens, activation_offloading.
+    In float32 on a CPU, else in bfloat16; checkpointed. switches: layer_chunk_tokens, layer_checkpoints, activation_offloading.
     """
     from bco_fast.models.count import count_step
 
@@ -91,7 +92,7 @@ def counted_options(lora: bool, device: str, **switches) -> argparse.Namespace:
         "lora_target_modules": "all-linear", "lora_modules_to_save": "", "bf16": False, "fp16": False, "optim": "adamw_torch_fused",
         "model_dtype": "float32" if device == "cpu" else "bfloat16", "attn_implementation": None, "gradient_accumulation_steps": 1,
         "workspace_bytes": CPU_WORKSPACE if device == "cpu" else GPU_WORKSPACE, "gradient_checkpointing": True,
-        "mlp_chunk_tokens": None, "layer_chunk_tokens": None, "activation_offloading": False,
+        "mlp_chunk_tokens": None, "layer_chunk_tokens": None, "activation_offloading": False, "layer_checkpoints": None,
     }  # fmt: skip
     return argparse.Namespace(**options | switches)
 
@@ -132,6 +133,11 @@ SWITCHES = {
     "checkpoints": {"gradient_checkpointing": True},
     "checkpoints, MLPs in tiles": {"gradient_checkpointing": True, "mlp_chunk_tokens": 512},
     "checkpoints, layers in tiles": {"gradient_checkpointing": True, "layer_chunk_tokens": 512},
+    "fewer checkpoints, layers in tiles": {
+        "gradient_checkpointing": True,
+        "layer_chunk_tokens": 512,
+        "layer_checkpoints": 3,
+    },
 }
 
 
@@ -141,6 +147,7 @@ def switch_rows(tokens: int = 4096, repeats: int = 3) -> list[dict]:
 
     import torch
 
+    from bco_fast.models.groups import group_layers
     from bco_fast.models.load import add_adapter
     from bco_fast.models.memory import free_embeddings
     from bco_fast.models.patch import patch_model
@@ -157,6 +164,8 @@ def switch_rows(tokens: int = 4096, repeats: int = 3) -> list[dict]:
             tile_mlps(model, switches["mlp_chunk_tokens"])
         if "layer_chunk_tokens" in switches:
             tile_layers(model, switches["layer_chunk_tokens"])
+        if "layer_checkpoints" in switches:
+            group_layers(model, switches["layer_checkpoints"])
         if switches:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             free_embeddings(model)
@@ -237,7 +246,7 @@ def ours(model, rows: list, folder: Path, device: str, lora: bool, tokenizer):
         **options_of(folder, tokens, device),
         cache_dir=str(folder / "cache"),
         use_peft=lora,
-        layer_chunk_tokens=CHUNK,
+        **OURS[device],
         workspace_bytes=CPU_WORKSPACE if device == "cpu" else GPU_WORKSPACE,
     )
     examples = [Example(np.array(p + c, np.int32), len(p), i % 2 == 0, 1.0) for i, (p, c) in enumerate(rows)]
@@ -413,7 +422,7 @@ def measure(options: argparse.Namespace, device: str, folder: Path) -> Iterator[
         except (OSError, RuntimeError) as error:
             row["error"] = str(error).strip().splitlines()[-1][:240]
         if kind == "ours" and row.get("longest"):
-            row["switches"] = {"layer_chunk_tokens": CHUNK}
+            row["switches"] = OURS[device]
             memory = counted(shape, row["longest"], lora=lora, device=device, **row["switches"])
             row["predicted_mb"] = round(memory.total / 1e6, 1)
         yield row

@@ -11,7 +11,7 @@ from . import common
 FIELDS = (
     "max_length", "use_peft", "lora_r", "lora_target_modules", "lora_modules_to_save", "load_in_4bit", "load_in_8bit", "model_dtype",
     "bf16", "fp16", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch", "workspace_bytes",
-    "gradient_checkpointing", "layer_chunk_tokens", "mlp_chunk_tokens", "activation_offloading", "attn_implementation",
+    "gradient_checkpointing", "layer_chunk_tokens", "mlp_chunk_tokens", "activation_offloading", "layer_checkpoints", "attn_implementation",
 )  # fmt: skip
 STEP = {"per_device_train_batch_size": 1, "activation_checkpointing": None, "lora_alpha": 64, "lora_dropout": 0.0}
 """Defaults of a step that is counted, beside those of FIELDS."""
@@ -28,6 +28,7 @@ def plan(arguments: list[str]) -> dict:
         "--model", required=True, help="folder of a causal language model, its config.json, or a Hub name"
     )
     parser.add_argument("--gpu_memory", type=float, help="of the GPU, GB (10^9 bytes); default: this machine's")
+    parser.add_argument("--host_memory", type=float, help="for what is offloaded, GB (default: no limit)")
     parser.add_argument("--plot", metavar="FILE", help="picture of memory against context, PNG or SVG (default: none)")
     common.add_code_option(parser)
     common.add_fields(parser, FeedbackConfig, FIELDS)
@@ -43,21 +44,24 @@ def plan(arguments: list[str]) -> dict:
         common.check_output("--plot", options.plot)
     config, budget = model_config(options), _gpu_bytes(options.gpu_memory)
 
-    from ..models.plan import USABLE, longest, stages, with_all
+    from ..models.plan import USABLE, longest, stages, with_all, with_fewest_checkpoints
 
     rows, tokens = options.per_device_train_batch_size, options.max_length
     if options.tokens_per_batch is not None:
         rows, tokens = 1, options.tokens_per_batch
-    where = {"rows": rows}
+    where, limits = {"rows": rows}, {"rows": rows, "host": _host_bytes(options.host_memory)}
     with common.usage_errors(ValueError, prefix=f"--model {options.model}: "):
-        made = list(stages(config, options, tokens, USABLE * budget, **where))
+        made = list(stages(config, options, tokens, USABLE * budget, **limits))
         stage, chosen = made[-1]
-        fits = longest(config, chosen, USABLE * budget, **where)
-        most = longest(config, with_all(chosen), USABLE * budget, **where)
+        fits = longest(config, chosen, USABLE * budget, **limits)
+        every = [with_all(chosen)]
+        if options.host_memory is not None and not chosen.activation_offloading:
+            every.append(with_fewest_checkpoints(config, chosen))
+        most = max(longest(config, switched, USABLE * budget, **limits) for switched in every)
         if options.plot:
             _plot(options.plot, config, chosen, budget, max(most, tokens), where)
     command = _command(options, chosen)
-    ok = stage.memory.total <= USABLE * budget
+    ok = stage.memory.total <= USABLE * budget and stage.memory.host <= limits["host"]
     _print(ok, made, options, tokens, budget, (fits, most), config, command)
     memory = stage.memory
     return {
@@ -108,6 +112,14 @@ def _gpu_bytes(given: float | None) -> float:
             "--gpu_memory is missing, and this machine has no GPU to ask: give its GB, as in --gpu_memory 80"
         )
     return float(torch.cuda.mem_get_info()[1])
+
+
+def _host_bytes(given: float | None) -> float:
+    if given is None:
+        return float("inf")
+    if not 0 < given < float("inf"):
+        raise common.UsageError(f"--host_memory must be > 0, not {given}")
+    return given * 1e9
 
 
 def _command(given, chosen) -> str:

@@ -14,7 +14,7 @@ import copy
 import functools
 import weakref
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from ..head.tiling import CPU_TILE_BYTES
 from .attention import PREFIX
+from .groups import group_sizes
 from .load import add_adapter
 from .memory import free_embeddings, offload_activations
 from .patch import ROWS, TARGETS, patch_model
@@ -152,22 +153,29 @@ class _Trace:
     host: float = 0.0
 
 
-def count_step(
+def count_step(config: PretrainedConfig, options: FeedbackConfig | Namespace, tokens: int, **where) -> Memory:
+    """Count one optimizer step; see `count_steps`."""
+    return count_steps(config, options, tokens, [getattr(options, "layer_checkpoints", None)], **where)[0]
+
+
+def count_steps(
     config: PretrainedConfig,
     options: FeedbackConfig | Namespace,
     tokens: int,
+    checkpoints: Iterable[int | None],
     *,
     rows: int = 1,
     completion: int | None = None,
     device: str = "cuda",
     peft_config=None,
-) -> Memory:
-    """Count one optimizer step, from the second on, when the optimizer has its state.
+) -> list[Memory]:
+    """Count one optimizer step, from the second on, when the optimizer has its state, for each number of checkpoints.
 
     Args:
         config: of a causal language model of transformers.
         options: what of `FeedbackConfig` decides about memory.
         tokens: of each of the `rows` of a micro-batch, padding included.
+        checkpoints: in place of the options' `layer_checkpoints`.
         completion: how many of them are scored, in each row; all by default.
         device: "cuda" or "cpu", where it would run.
         peft_config: of the adapter, in place of the one that `options` describe.
@@ -180,26 +188,44 @@ def count_step(
     except (DataDependentOutputException, UnsupportedOperatorException, DynamicOutputShapeException) as error:
         name = (config.architectures or [type(config).__name__])[0]
         raise ValueError(f"{name} cannot be counted: what it computes depends on values ({error})") from None
-    return _fullest(trace, config.get_text_config().num_hidden_layers, options.gradient_accumulation_steps > 1)
+    layers = config.get_text_config().num_hidden_layers
+    made, offloaded = [], options.activation_offloading
+    for most in checkpoints:
+        sizes = group_sizes(layers, most or layers, offloaded=offloaded) if checkpointed(options) else [1] * layers
+        made.append(_fullest(trace, sizes, options.gradient_accumulation_steps > 1))
+    return made
 
 
-def _fullest(trace: _Trace, layers: int, accumulated: bool) -> Memory:
-    more = layers - LAYERS
+def _fullest(trace: _Trace, sizes: list[int], accumulated: bool) -> Memory:
+    """Of all moments of a step with groups of these sizes. In the backward of group g, g + 1 groups have kept their input,
+    and the other layers of g theirs."""
+    groups, layers = len(sizes), sum(sizes)
     moments = []
-    for phase, activations in trace.activations.items():
+
+    def add(phase: str, kept: int, behind: int = 0, inner: int = 0) -> None:
+        if phase not in trace.activations:
+            return
         forward = phase in ("forward", "head")
-        whole = phase not in ("layer 0", "ends")  # the other layers have not been through their backward
-        kept = more * (trace.kept_forward if forward else trace.kept) * whole
-        gradients = trace.made[phase] + more * trace.layer_gradients * (not whole)
+        each = trace.kept_forward if forward else trace.kept
+        gradients = trace.made[phase] + behind * trace.layer_gradients
         if accumulated:
             gradients = trace.gradients + (0 if forward else trace.largest)
-        below = {"forward": 1, "head": LAYERS, "layer 1": LAYERS, "layer 0": 1}.get(phase, 0)
-        kept += below * (trace.kept_forward if forward else trace.kept)
-        own = activations + more * (trace.kept_forward if forward else trace.kept) * whole - kept
+        in_trace = {"forward": 1, "head": LAYERS, "layer 1": LAYERS, "layer 0": 1}.get(phase, 0)
         name = phase.split()[0]
         parts = {"weights": trace.weights, "optimizer": trace.moments, "gradients": gradients}
-        parts |= {"checkpoints": kept, name: own}
-        moments.append(Memory(name, parts, trace.host_moments + trace.host + more * trace.host_layer))
+        parts |= {
+            "checkpoints": kept * each + inner * trace.host_layer,
+            name: trace.activations[phase] - in_trace * each,
+        }
+        host = trace.host_moments + trace.host + (groups - LAYERS) * trace.host_layer
+        moments.append(Memory(name, parts, host))
+
+    add("forward", groups - 1)
+    add("head", groups)
+    for index, size in enumerate(sizes):
+        add("layer 1", index + size, layers - sum(sizes[: index + 1]), size - 1)
+    add("layer 0", 1, layers - LAYERS)
+    add("ends", 0, layers - LAYERS)
     return max(moments, key=lambda memory: memory.total)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
-from .count import Memory, checkpointed, count_step
+from .count import Memory, checkpointed, count_step, count_steps
+from .groups import fewest_checkpoints
 
 if TYPE_CHECKING:
     from ..training.config import FeedbackConfig
@@ -37,12 +39,15 @@ class Switch:
         return bool(getattr(options, self.option))
 
 
+OFFLOAD, GROUPS = "activation_offloading", "layer_checkpoints"
 SWITCHES = (
     Switch("gradient_checkpointing", True, "one more forward of the layers: at most 4/3 of the time"),
-    Switch("layer_chunk_tokens", 2048, "one more forward of the layers without attention: at most 5/4 of the time"),
-    Switch("activation_offloading", True, "copies to host memory, beside the computation"),
+    Switch("layer_chunk_tokens", 2048, "one more forward of the projections around attention: at most 9/8 of the time"),
+    Switch(OFFLOAD, True, "copies to host memory, beside the computation"),
 )
 """In the order in which they are turned on: the cheapest of those that save much first."""
+GROUPS_COST = "up to one more forward of the layers: at most 5/4 of the time"
+"""Of the last switch, for where host memory does not hold what would be offloaded. Its value is the largest that fits."""
 
 
 @dataclass
@@ -62,21 +67,33 @@ def with_switch(options: FeedbackConfig | Namespace, switch: Switch):
     return turned
 
 
-def with_all(options: FeedbackConfig | Namespace):
-    """A copy of the options with every switch on."""
+def with_all(options: FeedbackConfig | Namespace, *, offload: bool = True):
+    """A copy of the options with every switch of `SWITCHES` on."""
     for switch in SWITCHES:
-        if not switch.is_on(options):
+        if not switch.is_on(options) and (offload or switch.option != OFFLOAD):
             options = with_switch(options, switch)
     return options
 
 
+def with_fewest_checkpoints(config: PretrainedConfig, options: FeedbackConfig | Namespace):
+    """A copy of the options with every switch on but offloading, and the fewest checkpoints in its place."""
+    fewest = fewest_checkpoints(config.get_text_config().num_hidden_layers)
+    return with_switch(with_all(options, offload=False), Switch(GROUPS, fewest, GROUPS_COST))
+
+
 def stages(
-    config: PretrainedConfig, options: FeedbackConfig | Namespace, tokens: int, budget: float, **where
+    config: PretrainedConfig,
+    options: FeedbackConfig | Namespace,
+    tokens: int,
+    budget: float,
+    host: float = math.inf,
+    **where,
 ) -> Iterator[tuple[Stage, object]]:
     """Turn on switches, one after another, until a step fits into `budget` bytes or none is left.
 
     Args:
-        where: of `count_step`.
+        host: bytes of host memory for what is offloaded; where they are too few, checkpoints are made fewer instead.
+        where: of `count_steps`.
 
     Yields:
         (stage, options with its switches), the options as given first.
@@ -84,22 +101,42 @@ def stages(
     memory = count_step(config, options, tokens, **where)
     yield Stage(None, memory), options
     for switch in SWITCHES:
-        if memory.total <= budget:
+        if memory.total <= budget and memory.host <= host:
             return
         if not switch.is_on(options):
-            options = with_switch(options, switch)
-            memory = count_step(config, options, tokens, **where)
+            turned = with_switch(options, switch)
+            found = count_step(config, turned, tokens, **where)
+            if found.host > host or (switch.option == OFFLOAD and where.get("device") == "cpu"):
+                continue
+            options, memory = turned, found
             yield Stage(switch, memory), options
+    if (
+        (memory.total <= budget and memory.host <= host)
+        or getattr(options, GROUPS, None)
+        or options.activation_offloading
+    ):
+        return
+    layers = config.get_text_config().num_hidden_layers
+    fewer = range(layers - 1, fewest_checkpoints(layers) - 1, -1)
+    for most, memory in zip(fewer, count_steps(config, options, tokens, fewer, **where), strict=True):
+        if memory.total <= budget or most == fewer[-1]:
+            switch = Switch(GROUPS, most, GROUPS_COST)
+            yield Stage(switch, memory), with_switch(options, switch)
+            return
 
 
-def longest(config: PretrainedConfig, options: FeedbackConfig | Namespace, budget: float, **where) -> int:
-    """The longest context, in tokens, of which a step fits into `budget` bytes; 0 where none does.
+def longest(
+    config: PretrainedConfig, options: FeedbackConfig | Namespace, budget: float, host: float = math.inf, **where
+) -> int:
+    """The longest context, in tokens, of which a step fits into `budget` bytes, and into `host` bytes of host memory; 0
+    where none does.
 
     Memory grows with the tokens, almost along a line, so the line through two counts leads to the next guess.
     """
 
     def count(tokens: int) -> float:
-        return count_step(config, options, tokens, **where).total
+        memory = count_step(config, options, tokens, **where)
+        return max(memory.total, memory.host * budget / host)
 
     low, high = STEP, None
     used = {low: count(low)}

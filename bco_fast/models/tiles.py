@@ -57,7 +57,8 @@ class Tiles:
         if any(hasattr(p, "ds_id") for p in parameters):  # ZeRO-3's parameters are empty outside of their module's call
             parts = hidden.split(self.tokens, dim=1)
             return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts], dim=1)
-        out = _Tiled.apply(run, self, _Surroundings.now(modules, hidden), hidden, *parameters)
+        kept = _Kept.apply(hidden, hidden if hidden.requires_grad else parameters[0])
+        out = _Tiled.apply(run, self, _Surroundings.now(modules, hidden), kept, hidden, *parameters)
         if self.is_norm:
             setattr(out, SOURCE, _Source(self, hidden, out._version))
         return out
@@ -105,24 +106,41 @@ class _Surroundings:
             yield
 
 
+class _Kept(torch.autograd.Function):
+    """Saves hidden before it is used; the result is empty, and passes no gradient.
+
+    A checkpointed layer is recomputed up to the last tensor that it saves. Saved by the function that uses it, that is, once
+    the function has run, hidden would make the recomputation end behind the layer's MLP, whose result nobody needs.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, differentiable: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return hidden.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
 class _Tiled(torch.autograd.Function):
-    """run(hidden) in tiles. Keeps hidden; the backward repeats each tile.
+    """run(hidden) in tiles, of which `kept` has kept hidden; the backward repeats each tile.
 
     The gradients of parameters are returned, not added in place, so that hooks of DDP and FSDP see each once.
     """
 
     @staticmethod
-    def forward(ctx, run, tiles: Tiles, surroundings: _Surroundings, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, run, tiles: Tiles, surroundings: _Surroundings, kept: Tensor, hidden: Tensor, *parameters: Tensor):
         ctx.run, ctx.tiles, ctx.surroundings, ctx.parameters = run, tiles, surroundings, parameters
-        ctx.save_for_backward(hidden)
+        ctx.kept = kept.grad_fn
         with surroundings.again():
             return _over_tiles(run, hidden, tiles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (hidden,) = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        (hidden,) = ctx.kept.saved_tensors
+        needs = ctx.needs_input_grad[4:]
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         wanted = [p for p, needed in zip(ctx.parameters, needs[1:], strict=True) if needed]
         sums: list[Tensor | None] = [None] * len(wanted)
@@ -141,7 +159,7 @@ class _Tiled(torch.autograd.Function):
                         sums[i] = found if sums[i] is None else sums[i].add_(found)
                 del part, out, grads  # else they would exist beside the next tile
         left = iter(sums)
-        return None, None, None, d_hidden, *(next(left) if needed else None for needed in needs[1:])
+        return None, None, None, None, d_hidden, *(next(left) if needed else None for needed in needs[1:])
 
 
 def is_norm(module: nn.Module) -> bool:

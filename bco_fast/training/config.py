@@ -173,10 +173,15 @@ class FeedbackConfig(TrainingArguments):
     activation_offloading: bool = _option(
         False, "Keep saved activations in host memory; with gradient_checkpointing, for long context."
     )
+    layer_checkpoints: int | None = _option(
+        None,
+        "Hidden states that gradient_checkpointing keeps at most; fewer than the layers cost up to one more forward. "
+        "Default: one for each layer.",
+    )
     long_context: str = _option(
         "off",
-        "auto: before training, count what a step takes and turn on gradient_checkpointing, layer_chunk_tokens and "
-        "activation_offloading, in this order, until it fits.",
+        "auto: before training, count what a step takes and turn on gradient_checkpointing, layer_chunk_tokens, "
+        "activation_offloading and layer_checkpoints, in this order, until it fits.",
         choices=["off", "auto"],
     )
     mlp_chunk_tokens: int | None = _option(

@@ -47,8 +47,8 @@ _MAY_DIFFER = {
     "length: `differences` refuses fewer steps": ("max_steps num_train_epochs"),
     "place of the computation: rounding aside, numbers stay the same": (
         "use_cpu local_rank tf32 backend workspace_bytes cache_dir reference_tokens_per_batch "
-        "activation_offloading long_context mlp_chunk_tokens layer_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs "
-        "activation_checkpointing activation_checkpointing_kwargs torch_compile torch_compile_backend "
+        "activation_offloading long_context mlp_chunk_tokens layer_chunk_tokens layer_checkpoints gradient_checkpointing "
+        "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs torch_compile torch_compile_backend "
         "torch_compile_mode torch_empty_cache_steps use_cache liger use_liger_kernel liger_kernel_config "
         "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
         "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "

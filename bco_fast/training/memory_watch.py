@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..models.count import Memory, checkpointed, count_step
 from ..models.memory import free_embeddings, peak_memory_mb
-from ..models.plan import STEP, USABLE, longest, stages
+from ..models.plan import GROUPS, STEP, USABLE, longest, stages
 from .config import FeedbackConfig
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bco_fast")
 
+SAVING = ("gradient_checkpointing", "layer_chunk_tokens", "activation_offloading", "layer_checkpoints")
+"""Options that `stages` turns on."""
 WORTH_COUNTING = 2e9
 """Bytes. A smaller run fits everywhere, and counting takes seconds."""
 MOMENTS = {"forward": "forward", "head": "head", "layer": "one layer", "ends": "embeddings"}
@@ -49,6 +51,12 @@ def usable_bytes(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")) if device.type == "cpu" else float("inf")
 
 
+def usable_host_bytes() -> float:
+    """For what this process offloads: nine tenths of what is free, shared out over the processes of this machine."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 0.9 * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _countable(model: nn.Module, args: FeedbackConfig) -> bool:
     if args.fsdp or args.deepspeed or not hasattr(model, "config"):
         return False
@@ -73,17 +81,13 @@ def turn_on_what_fits(model: nn.Module, args: FeedbackConfig, budget: float | No
     """
     budget = usable_bytes(args.device) if budget is None else budget
     batch, stage, switched = micro_batch(args), None, []
-    for stage, options in stages(
-        model.config, args, batch["tokens"], budget, rows=batch["rows"], **_where(model, args)
-    ):
+    where = {"host": usable_host_bytes(), "rows": batch["rows"]} | _where(model, args)
+    for stage, options in stages(model.config, args, batch["tokens"], budget, **where):
         if stage.switch is not None:
+            if stage.switch.option == GROUPS and (args.fsdp or args.deepspeed):
+                break  # it runs layers out of turn
             switched.append(f"{stage.switch.option}={stage.switch.value}")
-            for name in (
-                "gradient_checkpointing",
-                "activation_checkpointing",
-                "layer_chunk_tokens",
-                "activation_offloading",
-            ):
+            for name in ("activation_checkpointing", *SAVING):
                 if hasattr(args, name):
                     setattr(args, name, getattr(options, name))
     logger.info(
@@ -160,15 +164,15 @@ def advice(trainer: FeedbackTrainer) -> str:
     if batch["rows"] > 1:
         begins += "; --per_device_train_batch_size 1 with more --gradient_accumulation_steps takes less"
     try:
-        budget, where = usable_bytes(args.device), _where(model, args)
-        *_, (stage, options) = stages(model.config, args, batch["tokens"], budget, rows=batch["rows"], **where)
+        budget = usable_bytes(args.device)
+        where = {"host": usable_host_bytes(), "rows": batch["rows"]} | _where(model, args)
+        *_, (stage, options) = stages(model.config, args, batch["tokens"], budget, **where)
         if stage.switch is not None and stage.memory.total <= budget:
-            names = ("gradient_checkpointing", "layer_chunk_tokens", "activation_offloading")
             flags = [
-                f"--{n} {str(getattr(options, n)).lower()}" for n in names if getattr(options, n) != getattr(args, n)
+                f"--{n} {str(getattr(options, n)).lower()}" for n in SAVING if getattr(options, n) != getattr(args, n)
             ]
             return f"{begins}. Turn on {' '.join(flags)} (or --long_context auto): a step then takes {describe(stage.memory)}"
-        fits = longest(model.config, options, budget, rows=batch["rows"], **where) // STEP * STEP
+        fits = longest(model.config, options, budget, **where) // STEP * STEP
         return f"{begins}. With every switch of `bco-fast plan` on, --max_length {fits} fits"
     except Exception:  # the count is advice; the error that brought us here is what must be told
         return f"{begins}: lower --max_length, or see `bco-fast plan`"

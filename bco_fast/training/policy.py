@@ -10,6 +10,7 @@ from torch import nn
 
 from ..head.types import HeadStats
 from ..models.adapters import check_options
+from ..models.groups import group_layers
 from ..models.liger import use_liger
 from ..models.load import add_adapter, load_model, load_tokenizer
 from ..models.multimodal import freeze_other_modules
@@ -85,6 +86,9 @@ def prepare_policy(model: nn.Module | str, args: FeedbackConfig, peft_config=Non
     if args.layer_chunk_tokens is not None:
         tiled = tile_layers(model, args.layer_chunk_tokens)
         logger.info("%d norms, projections and MLPs run over %d tokens at a time", tiled, args.layer_chunk_tokens)
+    if args.layer_checkpoints is not None:
+        sizes = group_layers(model, args.layer_checkpoints, offloaded=args.activation_offloading)
+        logger.info("checkpoints over groups of %s layers", ", ".join(map(str, sizes)))
     return model
 
 

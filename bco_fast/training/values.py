@@ -30,6 +30,7 @@ AT_LEAST = {
     "tokens_per_batch": 1,
     "mlp_chunk_tokens": 1,
     "layer_chunk_tokens": 1,
+    "layer_checkpoints": 1,
     "lora_r": 1,
     "workspace_bytes": 32768,  # the smallest tile of the fused head
 }
@@ -95,6 +96,8 @@ def check_others(config) -> None:
             raise ValueError(f"{name} needs liger-kernel: pip install 'bco_fast[gpu]'")
         if asked and config.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"{name} needs a GPU: leave it out on a CPU, or set TRITON_INTERPRET=1")
+    if config.layer_checkpoints is not None:
+        _check_layer_checkpoints(config)
     _check_reports(config.report_to)
     _check_optimizer(config)
     _check_scheduler(config)
@@ -119,6 +122,19 @@ def check_texts(config) -> None:
                 fits = False
             if not fits:
                 raise ValueError(f"{name} must be a JSON object, not {value!r}")
+
+
+def _check_layer_checkpoints(config) -> None:
+    if config.fsdp or config.deepspeed:
+        raise ValueError(
+            "layer_checkpoints runs layers out of turn, which fsdp and deepspeed cannot follow: leave one out"
+        )
+    given = getattr(config, "activation_checkpointing_kwargs", None) or config.gradient_checkpointing_kwargs or {}
+    if given.get("use_reentrant"):
+        raise ValueError("layer_checkpoints needs checkpoints that are not reentrant: leave use_reentrant out")
+    on = config.gradient_checkpointing or getattr(config, "activation_checkpointing", None)
+    if not on and config.long_context == "off":
+        raise ValueError("layer_checkpoints needs gradient_checkpointing: turn that on as well")
 
 
 def _check_reports(names: list[str]) -> None:

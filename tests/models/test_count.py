@@ -42,6 +42,7 @@ CASES = {
         CHECKPOINTED | {"use_peft": True, "layer_chunk_tokens": 128, "activation_offloading": True},
         1024,
     ),
+    "full, fewer checkpoints": (CHECKPOINTED | {"layer_checkpoints": 2, "layer_chunk_tokens": 128}, 1024),
     "LoRA, bfloat16": (CHECKPOINTED | {"use_peft": True, "model_dtype": "bfloat16"}, 1024),
     "full, autocast": (CHECKPOINTED | {"bf16": True}, 1024),
 }

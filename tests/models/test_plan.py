@@ -56,6 +56,29 @@ def test_the_longest_context_is_found_and_never_beyond_the_budget(monkeypatch, s
 
 
 @pytest.mark.slow
+def test_too_little_host_memory_makes_checkpoints_fewer(tmp_path):
+    args = small_runs.config(tmp_path, max_length=8192, per_device_train_batch_size=1)
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 12})
+    made = list(plan.stages(config, args, 8192, 0.0, 1e6))
+    assert [stage.switch.option for stage, _ in made[1:]] == [
+        "gradient_checkpointing", "layer_chunk_tokens", "layer_checkpoints"
+    ]  # fmt: skip
+    (before, _), (least, options) = made[-2:]
+    hidden = 8192 * 64 * 4
+    assert (least.switch.value, options.layer_checkpoints) == (5, 5)
+    assert least.memory.host == 0
+    assert before.memory.total - least.memory.total == pytest.approx((12 - 5) * hidden, rel=0.02)
+    *_, (stage, _) = plan.stages(config, args, 8192, least.memory.total + 3.5 * hidden, 1e6)
+    assert stage.switch.value == 8  # three more fit
+    options.layer_checkpoints, options.activation_offloading = None, True
+    whole = count_step(config, options, 8192)
+    options.layer_checkpoints = 4
+    fewer = count_step(config, options, 8192)
+    assert fewer.host / whole.host == pytest.approx((4 + 1) / (12 + 1), rel=0.01)  # and what follows the layers
+    assert fewer.total - whole.total == pytest.approx(2 * hidden, rel=0.1)
+
+
+@pytest.mark.slow
 def test_plan_reads_a_config_and_prints_json(tmp_path, capsys):
     LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "m")
     path = str(tmp_path / "m" / "config.json")
