@@ -44,6 +44,8 @@ CHECKED_ROWS = 4096
 GROWTH_D = 2048
 STEPS = [("Llama-3-8B", case, 8192) for case in ("bco_fast, LoRA", "TRL 1.16 KTOTrainer, LoRA")]
 """The reference and two optimizer steps of one row of 8192 tokens each, random weights; both compute the reference first."""
+SHARED = "Llama-3-8B", (8192, 4, 512)
+"""One prompt of that many tokens a micro-batch, its completions, and the tokens of each."""
 CONTEXTS = [("Llama-3.2-1B", "bco_fast, full", 32768), ("Llama-3-8B", "bco_fast, LoRA", 65536)]
 
 
@@ -54,6 +56,7 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
         return found | {
             "growth": (60, functools.partial(growth_part, (32, 64), (500, 1000), 32)),
             "step": (150, functools.partial(context_part, [("small", case, 64) for _, case, _ in STEPS], "step")),
+            "shared": (60, functools.partial(shared_part, "small", (64, 2, 16))),
             "context": (60, functools.partial(context_part, [("small", "bco_fast, LoRA", 64)], "context")),
         }
     found = {}
@@ -64,6 +67,7 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
             s, shape = first[0]
             found[f"head, {s}, {mode}, peaked"] = 75, functools.partial(head_part, s, shape, mode, logits="peaked")
     found["step"] = (120, functools.partial(context_part, STEPS, "step"))
+    found["shared"] = (90, functools.partial(shared_part, *SHARED))
     found["growth"] = (60, functools.partial(growth_part, (2048, 4096, 8192, 16384), (32768, 65536, 131072), GROWTH_D))
     found["context"] = (150, functools.partial(context_part, CONTEXTS, "context"))
     return found | {
@@ -239,6 +243,44 @@ def context_part(trials: list, benchmark: str, device: str, dtype: torch.dtype, 
             except (OSError, RuntimeError) as error:
                 row["error"] = str(error).strip().splitlines()[-1][:240]
     return rows
+
+
+def shared_part(name: str, sizes: tuple, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """A LoRA micro-batch, forward and backward: all completions of one prompt, with the prompt computed once and for each."""
+    import numpy as np
+
+    from bco_fast.data.batch import collate
+    from bco_fast.data.dataset import Example, Item
+    from bco_fast.models.attention import use_segments
+    from bco_fast.models.load import add_adapter
+    from bco_fast.models.memory import free_embeddings
+    from bco_fast.models.patch import completion_logps, patch_model
+
+    (prompt, completions, tokens), shape = sizes, long_context.SHAPES[name]
+    options = long_context.counted_options(True, device)
+    model = long_context.build(shape, prompt + tokens, device)
+    model = patch_model(add_adapter(model, options, long_context.lora_config(), quiet=True)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    free_embeddings(model)
+    use_segments(model)
+    ids = np.random.default_rng(0).integers(2, shape.V, prompt + completions * tokens).astype(np.int32)
+    items = [
+        Item(Example(np.concatenate([ids[:prompt], own]), prompt, True, 1.0))
+        for own in np.split(ids[prompt:], completions)
+    ]
+
+    def step(batch: dict) -> None:
+        completion_logps(model, batch).sum().backward()
+
+    cases = {}
+    for case, layout in (("prompt once", "shared"), ("prompt repeated", "packed")):
+        batch = collate(items, layout=layout)
+        held = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        cases[case] = functools.partial(step, held)
+    common = {"benchmark": "step", "shape": f"{name}, {prompt} + {completions} x {tokens}", "mode": "LoRA"}
+    times = interleaved(cases, min(repeats, 3), cuda=device == "cuda")  # the first turn compiles, and is not counted
+    peaks = {case: peak_bytes(run, device == "cuda") for case, run in cases.items()}
+    return [{**common, "case": c, **summary(times[c]), "extra_mb": round(peaks[c] / 1e6, 1)} for c in cases]
 
 
 def run_part(name: str, limit: float, options: argparse.Namespace) -> list[dict]:

@@ -77,6 +77,8 @@ def test_a_part_over_its_time_limit_is_a_row(tmp_path):
 def test_the_whole_suite_runs_small_on_the_cpu(suite):
     rows = suite()[0]["rows"]
     assert {"growth", "context"} <= {r["part"] for r in rows}
+    once, repeated = (r for r in rows if r["part"] == "shared")
+    assert once["extra_mb"] < repeated["extra_mb"]
     assert [r for r in rows if "error" in r and not _known(r)] == []
     (context,) = [r for r in rows if r["part"] == "context"]
     assert context["predicted_mb"] / 2 < context["extra_mb"] < context["predicted_mb"] * 1.3
