@@ -164,7 +164,8 @@ def add_model_options(parser: Parser, dtype: str = "auto") -> None:
         help="dtype of the weights; auto: as stored",
     )
     parser.add_argument(
-        "--attn_implementation", help="attention backend (default: FlashAttention if it fits, else SDPA)"
+        "--attn_implementation",
+        help="attention backend; flash: FlashAttention for this card (default: flash-attn if installed, else SDPA)",
     )
     parser.add_argument(
         "--chat_template", help="chat template: the path of a Jinja file, or the template (default: the tokenizer's)"

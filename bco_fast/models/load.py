@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bco_fast")
 
+HUB_FLASH = ("kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3")
+"""For any card from sm_80 on, and for Hopper."""
+
 
 def code_options(path: str | os.PathLike, trust_remote_code: bool) -> dict[str, bool]:
     """Options of every `from_pretrained`: whether Python code of the folder may run."""
@@ -52,8 +55,12 @@ def load_model(path: str | os.PathLike, config: FeedbackConfig | argparse.Namesp
     path = path if adapter is None else base_of(adapter)
     options: dict = {"dtype": _dtype(config, adapter is not None)}
     attention = config.attn_implementation
-    if attention is None and torch.cuda.is_available():
-        attention = "flash_attention_2" if _flash_attention_fits(config) else "sdpa"
+    if attention == "flash":
+        attention = flash_attention(_in_16_bits(config))
+        logger.info("attention: %s", attention)
+    elif attention is None and torch.cuda.is_available():
+        fits = _in_16_bits(config) and importlib.util.find_spec("flash_attn") is not None
+        attention = "flash_attention_2" if fits else "sdpa"
         logger.info("attention: %s", attention)
     if attention is not None:
         options["attn_implementation"] = attention
@@ -110,9 +117,27 @@ def _dtype(config: FeedbackConfig, adapter: bool) -> torch.dtype | str:
     return torch.float32
 
 
-def _flash_attention_fits(config: FeedbackConfig) -> bool:
-    low = config.bf16 or config.fp16 or config.model_dtype in ("bfloat16", "float16")
-    return low and importlib.util.find_spec("flash_attn") is not None
+def _in_16_bits(config: FeedbackConfig) -> bool:
+    return config.bf16 or config.fp16 or config.model_dtype in ("bfloat16", "float16")
+
+
+def flash_attention(in_16_bits: bool) -> str:
+    """The FlashAttention for this card: the package where it is installed, else of the Hub, version 3 on Hopper.
+
+    Raises:
+        ValueError: the card or the dtype cannot do it.
+        ImportError: neither the package nor Hugging Face's kernels library is installed.
+    """
+    if not in_16_bits:
+        raise ValueError("attn_implementation flash computes in 16 bits: add bf16, fp16 or model_dtype bfloat16")
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if capability < (8, 0):
+        raise ValueError("attn_implementation flash needs a GPU from sm_80 on (A100, RTX 30): use sdpa")
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    if importlib.util.find_spec("kernels") is None:
+        raise ImportError("attn_implementation flash needs kernels or flash-attn: pip install 'bco_fast[gpu]'")
+    return HUB_FLASH[capability[0] == 9]
 
 
 def _quantization(config: FeedbackConfig):

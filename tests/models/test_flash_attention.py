@@ -1,6 +1,10 @@
 """FlashAttention is handed the right lengths: a plain function stands in for the package, which needs a GPU."""
 
+import base64
+import hashlib
+import importlib.util
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -8,11 +12,13 @@ import tiny
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from families import FAMILIES
+from small_runs import TOKENIZER, config
 
-from bco_fast import patch_model
+from bco_fast import FeedbackTrainer, patch_model
 from bco_fast.data.batch import collate
 from bco_fast.data.dataset import Example, Item
 from bco_fast.models.attention import is_flash, knows_segments, use_segments
+from bco_fast.models.load import flash_attention
 from bco_fast.models.patch import completion_logps
 from bco_fast.training.step import mismatched_log_ratios
 
@@ -131,3 +137,99 @@ def test_the_stand_in_has_the_arguments_that_transformers_looks_for(package):
     made = flash._process_flash_kwargs_fn(5, 9, True, sliding_window=4, softcap=2.0, softmax_scale=0.5)
     assert made["window_size"][0] == 3
     assert made["softcap"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "expected"),
+    [
+        ({"flash_attn", "kernels"}, (9, 0), "flash_attention_2"),
+        ({"kernels"}, (9, 0), "kernels-community/vllm-flash-attn3"),
+        ({"kernels"}, (8, 0), "kernels-community/flash-attn2"),
+        ({"kernels"}, (12, 0), "kernels-community/flash-attn2"),
+        (set(), (9, 0), "pip install"),
+        ({"kernels"}, (7, 5), "sm_80"),
+        ({"kernels"}, None, "sm_80"),
+    ],
+)
+def test_flash_is_that_of_the_card(monkeypatch, installed, capability, expected):
+    find = importlib.util.find_spec
+    known = {"flash_attn", "kernels"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name in installed or None if name in known else find(name)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if "/" in expected or "_attention" in expected:
+        assert flash_attention(True) == expected
+        assert "flash" in expected  # which the layouts ask for
+        with pytest.raises(ValueError, match="16 bits"):
+            flash_attention(False)
+    else:
+        with pytest.raises((ImportError, ValueError), match=expected):
+            flash_attention(True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The functions above as a package of the Hub, for the CPU, in place of kernels-community/flash-attn2."""
+    pytest.importorskip("kernels", reason="needs the kernels library: pip install 'bco_fast[gpu]'")
+    from transformers.utils import is_kernels_available
+
+    if not is_kernels_available():
+        pytest.skip("this transformers needs another version of kernels")
+    source = f"import torch\n\nCALLS = []\n\n{inspect.getsource(varlen)}\n\n{inspect.getsource(dense)}"
+    source = source.replace("def varlen", "def flash_attn_varlen_func").replace("varlen(*", "flash_attn_varlen_func(*")
+    source = source.replace("def dense", "def flash_attn_func") + "\nflash_attn_with_kvcache = flash_attn_func\n"
+    folder = tmp_path / "kernel" / "torch-cpu"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(source)
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    metadata = {
+        "id": "_flash_attn2_in_python", "name": "flash-attn2", "version": 4, "license": "Apache-2.0", "python-depends": [],
+        "backend": {"type": "cpu"}, "digest": {"algorithm": "sha256", "files": {"__init__.py": digest}},
+    }  # fmt: skip
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn2={tmp_path / 'kernel'}")
+    for name in (
+        "_loaded_implementation",
+        "_flash_fn",
+        "_flash_varlen_fn",
+        "_flash_with_kvcache_fn",
+        "_pad_fn",
+        "_unpad_fn",
+    ):
+        monkeypatch.setattr(flash, name, None)  # back to what they are, afterwards
+    for name in ("_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
+        monkeypatch.setattr(flash, name, None)
+    return "kernels-community/flash-attn2"
+
+
+def test_flash_attention_of_the_hub_trains(hub, tmp_path, monkeypatch):
+    """transformers and kernels load it by its name; every layout computes what SDPA does, and run.json has its name."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    rows = [{**row, "completion": f"{row['completion']} {end}"} for row in tiny.rows(6) for end in ("list", "four")]
+    found = {}
+    for name, options in {
+        "sdpa": {"attn_implementation": "sdpa", "share_prompts": "false"},
+        "padded": {"attn_implementation": hub, "share_prompts": "false"},
+        "packed": {"attn_implementation": hub, "share_prompts": "false", "padding_free": True},
+        "shared": {"attn_implementation": hub, "share_prompts": "true"},
+    }.items():
+        args = config(
+            tmp_path / name,
+            max_steps=2,
+            per_device_train_batch_size=12,
+            model_dtype="float32",
+            cache_dir=str(tmp_path / f"c-{name}"),
+            **options,
+        )
+        run = FeedbackTrainer(str(tmp_path / "model"), args, rows, processing_class=TOKENIZER)
+        assert run.layout == {"sdpa": "padded"}.get(name, name)
+        run.train()
+        found[name] = [line["loss"] for line in run.state.log_history if "loss" in line]
+        record = json.loads((tmp_path / name / "out" / "run.json").read_text())
+        assert record["attention"] == ("sdpa" if name == "sdpa" else hub)
+        assert "kernels" in record["versions"]
+    assert flash._loaded_implementation == hub
+    for name in ("padded", "packed", "shared"):
+        assert found[name] == pytest.approx(found["sdpa"], abs=1e-5)
