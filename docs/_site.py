@@ -61,7 +61,8 @@ def on_page_content(content, page, config, files):
 
 def _mathml(latex: str, display: str) -> str:
     mathml = convert(html.unescape(latex).strip(), display=display)
-    return re.sub(r"(<mi>(?:log|tanh)</mi>)(?=<m)", r'\1<mspace width="0.17em"/>', mathml)
+    mathml = re.sub(r"(<mi>(?:log|tanh)</mi>)(?=<m)", r'\1<mspace width="0.17em"/>', mathml)
+    return f'<div class="equation">{mathml}</div>' if display == "block" else mathml  # scrolls on a phone
 
 
 def _options(match) -> str:
