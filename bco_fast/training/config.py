@@ -136,7 +136,7 @@ class FeedbackConfig(TrainingArguments):
     )
     attn_implementation: str | None = _option(
         None,
-        "Attention backend of a model loaded from a path; flash: FlashAttention for this card, from the Hub if the package is missing. Default: flash-attn if it fits, else SDPA.",
+        "Attention backend; flash: FlashAttention. Default: flash-attn, else SDPA.",
     )
     liger: str = _option(
         "auto",
