@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Collection
@@ -31,7 +32,7 @@ from claims_world import (
     sum_answer,
     sums_right,
 )
-from common import save
+from common import RESULTS, save
 
 from bco_fast.data.density_ratio import DensityRatio
 from bco_fast.data.embedders import TfidfEmbedder
@@ -173,8 +174,8 @@ TAXED = {"DPO": "dpo", "IPO": "ipo", "SimPO": "simpo", "BNF": "bnf"}
 
 def alignment_tax(world: World, scale: Scale, seed: int, rates: Rates) -> list[dict]:
     """c, second part: aligned on packing, at three learning rates: what is gained there, what the sums lose, how far the
-    log-likelihoods and logits of greedy answers move."""
-    rows, data = [], pairs(world.feedback)
+    log-likelihoods and logits of greedy answers move, and how many tokens move like the tenths that DPO moves most."""
+    rows, data, deciles = [], pairs(world.feedback), None
     before = sums_right(world, world.model, world.sums)
     for name, loss_type in TAXED.items():
         settings = {"dpo": {"beta": BETA}, "ipo": {"beta": BETA}, "simpo": {"beta": 2.0, "gamma": 1.0}, "bnf": {}}[
@@ -185,12 +186,16 @@ def alignment_tax(world: World, scale: Scale, seed: int, rates: Rates) -> list[d
             policy, _ = align(world, made, Method(loss_type, rate, settings), scale, seed)
             row = {"method": f"{name}, rate {rate:g}", **quality(world, policy, world.held_out, scale, seed)}
             row["sums_lost"] = before - sums_right(world, policy, world.sums)
-            rows.append(row | (_shifts(world, policy) if rate == GRID[1] else {}))
+            if rate == GRID[1]:
+                found, tokens = _shifts(world, policy)
+                deciles = np.quantile(tokens, [0.1, 0.9]) if deciles is None else deciles  # DPO is the first
+                row |= found | {"outer_share": float(np.mean((tokens < deciles[0]) | (tokens >= deciles[1])))}
+            rows.append(row)
     return rows
 
 
-def _shifts(world: World, policy) -> dict[str, float]:
-    """Policy against reference on the policy's greedy answers (Fig. 3): per response, and per token."""
+def _shifts(world: World, policy) -> tuple[dict[str, float], np.ndarray]:
+    """Policy against reference on the policy's greedy answers: Fig. 3, and the tokens' log-likelihood shifts, nats."""
     made = completions(world, policy, world.held_out, 0, greedy=True)
     rows = [
         {"prompt": p, "completion": c, "label": True} for p, c in zip(world.held_out, made, strict=True) if c.strip()
@@ -198,11 +203,8 @@ def _shifts(world: World, policy) -> dict[str, float]:
     examples = load_feedback(rows, world.tokenizer, max_length=32, progress=False).examples
     ours, theirs = (token_values(m, examples, pad_token_id=world.tokenizer.pad_token_id) for m in (policy, world.model))
     found = response_shifts(ours, theirs, [int(example.completion_mask.sum()) for example in examples])
-    return {
-        name.replace("response_", "").replace("logp", "logp_shift").replace("logit_per", "logit_shift_per"): value
-        or 0.0
-        for name, value in found.items()
-    }
+    names = {"response_logp": "logp_shift", "response_logp_per_token": "logp_shift_per_token", "response_logit_per_token": "logit_shift_per_token", "response_logit_gini": "logit_gini"}  # fmt: skip
+    return {short: found[name] or 0.0 for name, short in names.items()}, ours.logp - theirs.logp
 
 
 RATIOS = (0.0, 0.25, 0.5, 1.0)
@@ -279,7 +281,7 @@ def tune(scale: Scale) -> tuple[Rates, list[dict]]:
     return {"binary": best(BINARY.values())} | {name: best([loss_type]) for name, loss_type in UNA.items()}, rows
 
 
-def run(scale: Scale, seeds: tuple[int, ...], rates: Rates) -> list[dict]:
+def run(scale: Scale, seeds: tuple[int, ...], rates: Rates, claims: Collection[str] = tuple(CLAIMS)) -> list[dict]:
     rows = []
     for seed in seeds:
         world = start(seed, scale)
@@ -288,8 +290,8 @@ def run(scale: Scale, seeds: tuple[int, ...], rates: Rates) -> list[dict]:
             **quality(world, world.model, world.held_out, scale, seed),
         }
         rows.append({"case": f"start, seed {seed}", "claim": "start", "method": "fine-tuned", "seed": seed, **base})
-        for claim, measure in CLAIMS.items():
-            begin = time.process_time()
+        for claim in claims:
+            measure, begin = CLAIMS[claim], time.process_time()
             made = measure(world, scale, seed, rates)
             spent = round(time.process_time() - begin, 1)
             for row in made:
@@ -311,10 +313,22 @@ def _rounded(row: dict) -> dict:
     return {name: short(value) for name, value in row.items()}
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--claims", nargs="+", choices=CLAIMS, help="measure only these, with the stored learning rates"
+    )
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    scale, begin, rows = Scale(), time.perf_counter(), []
+    scale, begin = Scale(), time.perf_counter()
+    if options.claims:
+        (settings,) = [
+            row for row in json.loads((RESULTS / "claims.json").read_text())["rows"] if row["claim"] == "settings"
+        ]
+        for seed in SEEDS:
+            save("claims", run(scale, (seed,), settings["rates"], options.claims), keys=("case",))
+        return
+    rows: list[dict] = []
     rates, tuning = tune(scale)
     save("claims_tuning", [_rounded(row) for row in tuning])
     print(rates, flush=True)

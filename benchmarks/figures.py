@@ -151,6 +151,14 @@ def rloo_row(method: str, name: str, setting: str) -> tuple[str, list[Cell]]:
     return text, cells("online_rloo", *places, f"{seeds[2]}: step_median_s", f"{seeds[2]}: peak_mb")
 
 
+def ppo_row(method: str, name: str, rate: str) -> tuple[str, list[Cell]]:
+    seeds = [f"{method}, seed {seed}" for seed in range(3)]
+    thrice = "{} · {} · {}"
+    text = f"| {name} | {rate} | {thrice} | {thrice} | {thrice} | {{}} ms | {{}} MB | {{}} MB |"
+    places = [f"{seed}: {field}" for field in ("reward", "model_reward", "kl") for seed in seeds]
+    return text, cells("online_ppo", *places, *(f"{seeds[2]}: {field}" for field in ("ms_per_token", "peak_mb", "models_mb")))  # fmt: skip
+
+
 ONLINE: Rules = [
     *(
         (
@@ -175,6 +183,14 @@ ONLINE: Rules = [
     rloo_row("TRL 1.16 RLOO", "RLOO", "1e-3, 0.01"),
     rloo_row("TRL 1.16 RLOO, its default beta", "RLOO, TRL's default β", "1e-3, 0.05"),
     ("UNA's paper reports 3.5 h against 8 h for PPO", []),
+    ("20,000 generated tokens", []),
+    (
+        "Before training, {}, {} and {} of the completions are good.",
+        cells("online_ppo", *(f"TRL 1.12 PPO, seed {seed}: reward_before" for seed in range(3))),
+    ),
+    ppo_row("bco_fast una_score", "una_score", "3e-4"),
+    ppo_row("TRL 1.12 RLOO", "RLOO", "3e-4"),
+    ppo_row("TRL 1.12 PPO", "PPO", "3e-4"),
     (
         "Before training, our process holds {} MB and TRL's {} MB",
         cells("online_rloo", "bco_fast una_score, seed 2: before_mb", "TRL 1.16 RLOO, seed 2: before_mb"),

@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def options_of(case: Case, folder: Path, seed: int) -> dict:
     }
 
 
-def ours(case: Case, folder: Path, seed: int, count):
+def ours(case: Case, folder: Path, seed: int, count, reward=None, **options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bco_fast.cli.demo import rule_reward
@@ -100,12 +101,13 @@ def ours(case: Case, folder: Path, seed: int, count):
         steps_per_round=case.steps_per_round,
         generation_batch_size=256,
         per_device_eval_batch_size=512,
+        **options,
     )
     trainer = OnlineFeedbackTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "start"),
         args,
         json.loads((folder / "prompts.json").read_text())["train"],
-        rule_reward,
+        reward or rule_reward,
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
     )
     generate = trainer.generator
@@ -113,7 +115,7 @@ def ours(case: Case, folder: Path, seed: int, count):
     return trainer
 
 
-def rloo(case: Case, folder: Path, seed: int, count):
+def rloo(case: Case, folder: Path, seed: int, count, reward=None):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
@@ -135,14 +137,14 @@ def rloo(case: Case, folder: Path, seed: int, count):
     )
     return Counting(
         AutoModelForCausalLM.from_pretrained(folder / "start"),
-        rule_reward,
+        reward or rule_reward,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
     )
 
 
-def work(case: Case, folder: Path, options: argparse.Namespace) -> None:
+def work(build: Callable, case: Case, folder: Path, options: argparse.Namespace) -> None:
     """Train; save the policy and wait when a turn is over. Talks to the parent by lines of JSON that begin with @."""
     from transformers import TrainerCallback
 
@@ -173,17 +175,18 @@ def work(case: Case, folder: Path, options: argparse.Namespace) -> None:
             seconds, processor, tokens = (b - a for a, b in zip(self.start, ends, strict=True))
             answer = {"seconds": seconds, "processor": processor, "tokens": tokens, "step": state.global_step}
             answer |= {"peak_mb": round(peak_rss() / 1e6, 1), "before_mb": round(self.before / 1e6, 1)}
-            model.save_pretrained(folder / "policy")
+            answer |= getattr(trainer, "sizes", {})
+            getattr(model, "policy", model).save_pretrained(folder / "policy")  # PPO trains its value model beside it
             answer["versions"] = {package: version(package) for package in ("transformers", "torch")}
             if not case.loss_type:
                 answer["versions"]["trl"] = version("trl")
             say(answer)
-            control.should_training_stop = self.turn == options.turns
+            if self.turn == options.turns:
+                sys.exit()  # TRL's PPO does not read control.should_training_stop
             self.turn += 1
-            if not control.should_training_stop:
-                self.wait()
+            self.wait()
 
-    trainer = (ours if case.loss_type else rloo)(case, folder, options.seed, count)
+    trainer = build(case, folder, options.seed, count)
     trainer.add_callback(Turns())
     say({})
     trainer.train()
@@ -195,19 +198,22 @@ def work(case: Case, folder: Path, options: argparse.Namespace) -> None:
 class Contestant(Worker):
     """A case in its own process, with the start and the prompts that all share."""
 
+    script, peer, shared = __file__, PEER, ("start", "prompts.json")
+
     def __init__(self, name: str, case: Case, world: Path, folder: Path, options: argparse.Namespace):
         self.case, self.folder, self.turns = case, folder, []
         folder.mkdir()
-        for shared in ("start", "prompts.json"):
+        for shared in self.shared:
             (folder / shared).symlink_to(world / shared)
-        python = sys.executable if case.loss_type else peers_python(PEER)
+        python = sys.executable if case.loss_type else peers_python(self.peer)
         arguments = ["--worker", "--settings", json.dumps(dataclasses.asdict(case)), "--folder", folder]
         arguments += ["--seed", options.seed, "--budget", options.budget, "--turns", options.turns]
-        super().__init__(name, [python, __file__, *arguments], folder / "log", HF_HUB_OFFLINE="1")
+        super().__init__(name, [python, self.script, *arguments], folder / "log", HF_HUB_OFFLINE="1")
 
 
-def evaluate(folder: Path, seed: int) -> dict:
-    """Reward of a policy on held-out prompts, and its KL from the start, nats per completion."""
+def evaluate(folder: Path, seed: int, **rewards: Callable) -> dict:
+    """Reward of a policy on held-out prompts by the rule and by other rewards, and its KL from the start, nats per
+    completion."""
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -225,7 +231,8 @@ def evaluate(folder: Path, seed: int) -> dict:
         tokenizer, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, top_p=1.0, batch_size=256
     )
     completions = generate(policy, ids, seed)
-    rewards = rule_reward(prompts, tokenizer.batch_decode(completions, skip_special_tokens=True))
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    found = {name: reward(prompts, texts) for name, reward in {"reward": rule_reward, **rewards}.items()}
     examples = [
         Example(np.array(prompt + completion), len(prompt), True, 1.0)
         for prompt, completion in zip(ids, completions, strict=True)
@@ -234,7 +241,7 @@ def evaluate(folder: Path, seed: int) -> dict:
     for model in (policy, start):
         patch_model(model)
         sums.append([values.sum(dtype=np.float64) for values in _inference(token_logps, model, examples, tokenizer)])
-    return {"reward": float(np.mean(rewards)), "kl": float(np.mean(np.subtract(*sums)))}
+    return {name: float(np.mean(values)) for name, values in found.items()} | {"kl": float(np.mean(np.subtract(*sums)))}
 
 
 def _inference(token_logps, model, examples, tokenizer) -> list:
@@ -257,14 +264,21 @@ def prepare(folder: Path, seed: int, fine_tune_steps: int) -> dict:
     return evaluate(folder, seed)
 
 
-def measure(cases: dict[str, tuple[str, Case]], options: argparse.Namespace, folder: Path) -> list[dict]:
+def measure(
+    cases: dict[str, tuple[str, Case]],
+    options: argparse.Namespace,
+    folder: Path,
+    prepare: Callable = prepare,
+    contestant: type[Contestant] = Contestant,
+    evaluate: Callable = evaluate,
+) -> list[dict]:
     """Rows of one seed. cases: label -> (name in CASES, settings)."""
     world = folder / "world"
     start = prepare(world, options.seed, options.fine_tune_steps)
     workers: dict[str, Contestant] = {}
     try:
         for number, (label, (name, case)) in enumerate(cases.items()):
-            workers[label] = Contestant(name, case, world, folder / str(number), options)
+            workers[label] = contestant(name, case, world, folder / str(number), options)
             workers[label].answer()  # ready: before the next one starts, so that they do not disturb each other
         for _ in range(options.turns):
             for worker in workers.values():
@@ -292,17 +306,17 @@ def _row(label: str, worker: Contestant, start: dict, seed: int) -> dict:
         "step_max_s": round(max(per_step), 4), "seconds": round(sum(turn["seconds"] for turn in turns), 2),
         "processor_seconds": round(sum(turn["processor"] for turn in turns), 2),
         "peak_mb": last["peak_mb"], "before_mb": last["before_mb"], "versions": last["versions"],
+        **{name: last[name] for name in ("model_reward", "models_mb", "trained_mb") if name in last},
     }  # fmt: skip
 
 
-def tune(name: str, options: argparse.Namespace) -> list[dict]:
-    betas = GRID["beta"][name.split()[0]]
-    grid = {
-        f"{name}, lr {rate:g}, beta {beta:g}": (name, dataclasses.replace(CASES[name], learning_rate=rate, beta=beta))
-        for rate, beta in itertools.product(GRID["learning_rate"], betas)
+def grid(name: str, case: Case) -> dict[str, tuple[str, Case]]:
+    """What `tune` measures."""
+    settings = itertools.product(GRID["learning_rate"], GRID["beta"][name.split()[0]])
+    return {
+        f"{name}, lr {rate:g}, beta {beta:g}": (name, dataclasses.replace(case, learning_rate=rate, beta=beta))
+        for rate, beta in settings
     }
-    with tempfile.TemporaryDirectory() as folder:
-        return measure(grid, options, Path(folder))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -319,7 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        work(Case(**json.loads(options.settings)), Path(options.folder), options)
+        case = Case(**json.loads(options.settings))
+        work(ours if case.loss_type else rloo, case, Path(options.folder), options)
         return
     if options.tune:
         options.seed, options.cases = TUNING_SEED, [options.tune]
@@ -330,11 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
         except FileNotFoundError as error:
             parser.error(str(error))
     name = "online_rloo_tuning" if options.tune else "online_rloo"
-    if options.tune:
-        rows = tune(options.tune, options)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = measure({case: (case, CASES[case]) for case in options.cases}, options, Path(folder))
+    cases = grid(options.tune, CASES[options.tune]) if options.tune else {c: (c, CASES[c]) for c in options.cases}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(cases, options, Path(folder))
     print(save(name, rows, folder=options.out, keys=("case",)))
     print(table(rows, ["case", "reward_before", "reward", "kl", "generated_tokens", "steps", "step_median_s", "seconds", "peak_mb", "before_mb"]))  # fmt: skip
 
