@@ -97,6 +97,7 @@ bench-peers: venv venv-peers
 	$(RUN) benchmarks/peers_step.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/peers_step.py --turns 2 --per-turn 2 --lengths 128 256 512 1024
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/head_peers.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/trl_heads.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/long_context.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/growth.py
 	$(RUN) benchmarks/publish.py
