@@ -133,6 +133,8 @@ def ours_bf16_units(head: Head) -> Callable:
 
 def torch_linear_cross_entropy(head: Head, *, chunked: bool = False) -> Callable:
     _without_softcap(head, "F.linear_cross_entropy")
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError("F.linear_cross_entropy came with PyTorch 2.13")
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
 
     def logps(hidden, weight, targets):

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import gpu_rows
 from charts import rows_of
 
 NUMBER = r"(\d+(?:,\d{3})*(?:\.\d+)?)"
@@ -197,7 +198,7 @@ ONLINE: Rules = [
     ),
 ]
 
-PAGES = {"README.md": README, "docs/online.md": ONLINE}
+PAGES = {"README.md": README + [(line, []) for line in gpu_rows.lines()], "docs/online.md": ONLINE}
 
 
 def pattern(text: str) -> re.Pattern:

@@ -103,8 +103,10 @@ def peak_bytes(step, cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def contenders(cuda: bool) -> dict:
-    mine = {"torch": functools.partial(ours, backend="torch"), "sparse 2^-7": ours_sparse}
+def contenders(cuda: bool, mode: str) -> dict:
+    mine = {"torch": functools.partial(ours, backend="torch")}
+    if mode == "trainable":  # the only mode with something to leave out
+        mine["sparse 2^-7"] = ours_sparse
     if cuda:
         for method in ("fused", "fold"):
             mine[f"triton {method}"] = functools.partial(ours, backend="triton", method=method)
@@ -138,7 +140,7 @@ def head_part(
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
     common |= measured_limits(device, dtype, size=None if cuda else 256)
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
-    for name, make in contenders(cuda).items():
+    for name, make in contenders(cuda, mode).items():
         row = {**common, "case": name}
         rows.append(row)
         head.stats = None

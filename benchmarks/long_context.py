@@ -344,10 +344,10 @@ def trial(job: dict, folder: Path) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(min(job["budget"] / torch.cuda.mem_get_info()[1], 1.0))
-    start = time.perf_counter()
     try:
-        train = RUNNERS[kind](build(shape, job["tokens"], device), rows, folder, device, lora, tokenizer)
-        train()
+        model = build(shape, job["tokens"], device)
+        start = time.perf_counter()
+        RUNNERS[kind](model, rows, folder, device, lora, tokenizer)()
     except torch.OutOfMemoryError:
         say({"fits": False})
         return

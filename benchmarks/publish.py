@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import charts
 import figures
+import gpu_rows
 from charts import CHARTS, DRAWN, ROOT, environment_of, rows_of
 from contenders import CONTENDERS, LOGITS
 from counts import MODELS
@@ -250,7 +251,7 @@ def gpu_section() -> Iterator[str]:
     if not (charts.RESULTS / "gpu_suite.json").is_file():
         return
     where = environment_of("gpu_suite")
-    rows = [r for r in rows_of("gpu_suite") if r.get("benchmark") in ("gpu_suite", "step", "context")]
+    rows = [r for r in rows_of("gpu_suite") if r.get("benchmark") != "growth"]
     yield "## On a GPU"
     yield ""
     yield (
@@ -260,9 +261,13 @@ def gpu_section() -> Iterator[str]:
     )
     yield ""
     missing = Missing()
-    for shape, mode, logits in dict.fromkeys((r["shape"], r["mode"], r.get("logits", "")) for r in rows):
+
+    def kind(r: dict) -> tuple[str, str, str]:
+        return r["shape"], r.get("mode", ""), r.get("logits", "")  # a part that was not finished has no mode
+
+    for shape, mode, logits in dict.fromkeys(map(kind, rows)):
         body = []
-        for r in (r for r in rows if (r["shape"], r["mode"], r.get("logits", "")) == (shape, mode, logits)):
+        for r in (r for r in rows if kind(r) == (shape, mode, logits)):
             if "error" in r:
                 cells = [missing.cell({**r, "contender": r["case"]}), "", ""]
             elif "median_s" not in r:
@@ -271,12 +276,19 @@ def gpu_section() -> Iterator[str]:
                 derived = f"{1e3 * r['derived_s']:.1f}" if "derived_s" in r else ""
                 cells = [f"{1e3 * r['median_s']:.1f}", derived, f"{r['extra_mb']:.0f} MB"]
             body.append([r["case"], *cells])
-        yield f"**{shape}**, {MODES.get(mode, mode)}{f', {logits} logits' if logits else ''}"
+        yield ", ".join(filter(None, [f"**{shape}**", MODES.get(mode, mode), logits and f"{logits} logits"]))
         yield ""
         yield from markdown(["", "ms", "derived ms", "memory"], body)
         yield ""
     yield from missing.lines()
     yield ""
+    fits = [r for r in rows_of("gpu_suite") if r.get("benchmark") == "growth" and "time_exponent" in r]
+    if fits:
+        yield "Exponents p of a fit x^p in tokens N and vocabulary V: 1 is linear, 0 is constant."
+        yield ""
+        body = [[r["case"], *(f"{r[f'{name}_exponent']:.2f}" for name in ("time", "memory"))] for r in fits]
+        yield from markdown(["", "time", "memory"], body)
+        yield ""
 
 
 def tables() -> str:
@@ -302,7 +314,8 @@ def main() -> None:
     TABLES.write_text(tables())
     for name, rules in figures.PAGES.items():
         page = ROOT / name
-        page.write_text(figures.refreshed(page.read_text(), rules))
+        text = gpu_rows.placed(page.read_text()) if name == "README.md" else page.read_text()
+        page.write_text(figures.refreshed(text, rules))
         print(page)
     print(TABLES)
 

@@ -81,7 +81,9 @@ def test_a_result_of_a_gpu_gets_its_section_and_without_one_there_is_none(monkey
             "fits": False,
             "why": "over 100 s",
         },
-        {"benchmark": "growth", "shape": "growth along N", "mode": "frozen", "case": "not here"},
+        {"benchmark": "growth", "shape": "growth along N", "mode": "frozen", "case": "one point"},
+        {"benchmark": "growth", "case": "frozen, along N", "time_exponent": 0.99, "memory_exponent": 0.02},
+        {"part": "context", "case": "-", "shape": "context", "unfinished": True, "error": "over its limit of 150 s"},
     ]
     environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
     (tmp_path / "gpu_suite.json").write_text(json.dumps({"environment": environment, "rows": rows}))
@@ -91,7 +93,70 @@ def test_a_result_of_a_gpu_gets_its_section_and_without_one_there_is_none(monkey
     assert "| Liger fused linear CE | [1] |  |  |" in page
     assert "1. Liger fused linear CE: `missing: No module named 'liger_kernel'`" in page
     assert "| bco_fast, LoRA | did not fit: over 100 s |  |  |" in page
-    assert "not here" not in page
+    assert "| frozen, along N | 0.99 | 0.02 |" in page
+    assert "2. -: `over its limit of 150 s`" in page
+    assert "one point" not in page
+
+
+def test_every_part_of_the_suite_is_on_a_page(monkeypatch, tmp_path):
+    """With rows of the form that each part writes: docs/results.md has all, the README its two shapes and the step."""
+    import charts
+    import figures
+    import gpu_rows
+    import gpu_suite
+    import publish
+
+    monkeypatch.setattr(charts, "RESULTS", tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    assert gpu_rows.placed(readme) == readme
+    rows, milliseconds = [], 30
+    for part in gpu_suite.parts(smoke=False):
+        kind, *names = part.split(", ")
+        if kind == "head":
+            shape, mode, logits = [*names, "flat"][:3]
+            head = {"benchmark": "gpu_suite", "part": part, "shape": shape, "mode": mode, "logits": logits}
+            for case in ("plain", "triton fold", "torch"):
+                milliseconds += 1
+                rows.append(
+                    {**head, "case": case, "median_s": milliseconds / 1e3, "derived_s": 0.0299, "extra_mb": 300.0}
+                )
+        elif kind == "growth":
+            rows.append(
+                {
+                    "benchmark": kind,
+                    "part": part,
+                    "case": "frozen, along V",
+                    "time_exponent": 1.01,
+                    "memory_exponent": 0.0,
+                }
+            )
+        else:
+            for shape, case, tokens in gpu_suite.STEPS if kind == "step" else gpu_suite.CONTEXTS:
+                milliseconds += 1
+                row = {"benchmark": kind, "part": part, "shape": shape, "mode": "LoRA", "case": case, "tokens": tokens}
+                rows.append(row | {"median_s": milliseconds / 1e3, "extra_mb": 4000.0})
+    environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
+    (tmp_path / "gpu_suite.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    page = "\n".join(publish.gpu_section())
+    for row in rows:
+        derived = "29.9" if "derived_s" in row else ""
+        if row["benchmark"] != "growth":
+            assert f"| {row['case']} | {1e3 * row['median_s']:.1f} | {derived} | {row['extra_mb']:.0f} MB |" in page, (
+                row
+            )
+    assert "| frozen, along V | 1.01 | 0.00 |" in page
+    measured = gpu_rows.placed(readme)
+    lines = gpu_rows.lines()
+    assert len(lines) == 3 + 2 + 1
+    assert all(line in measured for line in lines)
+    head, numbers = lines[0].split("`, ")
+    assert head == "| H200: lm-head of Llama-3-8B, frozen (LoRA), `triton fold"
+    assert re.findall(r"[\d.]+", numbers) == ["29.9", "31.0", "32.0", "1.03", "300", "300"]
+    assert "No GPU time has been measured yet" not in measured
+    assert figures.unquoted(measured, figures.README + [(line, []) for line in lines]) == []
+    assert gpu_rows.placed(measured) == measured
+    (tmp_path / "gpu_suite.json").unlink()
+    assert gpu_rows.placed(measured) == readme
 
 
 @pytest.mark.slow
