@@ -5,7 +5,9 @@ from setuptools import setup
 setup(
     packages=[
         "bco_fast",
+        "bco_fast.accelerate_configs",
         "bco_fast.cli",
+        "bco_fast.configs",
         "bco_fast.data",
         "bco_fast.evaluation",
         "bco_fast.head",
@@ -19,8 +21,18 @@ setup(
         "bco_fast.reference",
         "bco_fast.training",
     ],
-    # A tracked symlink bco_fast/kernels points here too; a regular package called `kernels` at the root would
-    # shadow Hugging Face's package of that name, which transformers imports.
-    package_dir={"bco_fast": "bco_fast", "bco_fast.kernels": "kernels"},
-    package_data={"bco_fast": ["py.typed", "__init__.pyi"], "bco_fast.cli": ["help/*.txt"]},
+    # Tracked symlinks in bco_fast/ point to these folders too. A regular package called `kernels` at the root would shadow
+    # Hugging Face's package of that name, which transformers imports.
+    package_dir={
+        "bco_fast": "bco_fast",
+        "bco_fast.kernels": "kernels",
+        "bco_fast.configs": "configs",
+        "bco_fast.accelerate_configs": "accelerate_configs",
+    },
+    package_data={
+        "bco_fast": ["py.typed", "__init__.pyi"],
+        "bco_fast.cli": ["help/*.txt"],
+        "bco_fast.configs": ["*.yaml", "experiments/*.yaml"],
+        "bco_fast.accelerate_configs": ["*.yaml"],
+    },
 )

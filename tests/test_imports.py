@@ -24,7 +24,7 @@ ROOMS = {
     "reference": {"numpy", "torch", "tqdm"},
     "training": {"accelerate", "numpy", "safetensors", "torch", "transformers"},
     "online": {"numpy", "torch", "transformers", "vllm"},
-    "evaluation": {"httpx", "matplotlib", "numpy", "torch", "tqdm"},
+    "evaluation": {"httpx", "matplotlib", "numpy", "torch", "tqdm", "transformers"},
     "integrations": {"axolotl", "pydantic", "torch", "transformers", "trl"},
     "cli": {"matplotlib", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "transformers", "yaml"},
     "__main__": set(),

@@ -33,10 +33,15 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     assert {
         "bco_fast/py.typed",
         "bco_fast/cli/help/train.txt",
+        "bco_fast/configs/bco_ultrafeedback.yaml",
+        "bco_fast/configs/experiments/bco_fig1_ultrafeedback.yaml",
+        "bco_fast/accelerate_configs/zero3.yaml",
         "bco_fast/kernels/head_logps.py",
         "bco_fast/head/backends/triton.py",
     } <= names
-    assert not any(n.startswith(("kernels/", "tests/", "benchmarks/")) for n in names)
+    assert not any(
+        n.startswith(("kernels/", "configs/", "accelerate_configs/", "tests/", "benchmarks/")) for n in names
+    )
 
     venv.create(tmp_path / "fresh", with_pip=False)
     python = tmp_path / "fresh" / "bin" / "python"
@@ -56,6 +61,20 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
     run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert all(str(site) in path for path in run.stdout.split())
+    command = [tmp_path / "fresh" / "bin" / "bco-fast", "recipes", "zero3"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert Path(run.stdout.strip()).is_relative_to(site), run.stderr
+    assert "DEEPSPEED" in Path(run.stdout.strip()).read_text()
+    command = [
+        tmp_path / "fresh" / "bin" / "bco-fast",
+        "train",
+        "--config",
+        "bco_ultrafeedback.yaml",
+        "--data",
+        "f.jsonl",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.stderr.splitlines()[-1] == "bco-fast: error: --data f.jsonl: no such file"
     command = [tmp_path / "fresh" / "bin" / "bco-fast", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert re.fullmatch(r"bco_fast \d+\.\d+\.\d+\S*\n", run.stdout), run.stderr

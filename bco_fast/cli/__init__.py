@@ -20,6 +20,10 @@ from .help_text import PAGES, wants_help
 COMMANDS = {
     "check": ("DATA --model PATH", "what is in a feedback file, and what training on it takes"),
     "train": ("--model PATH --data FILE --output_dir DIR", "align a model from feedback"),
+    "sweep": (
+        "--config FILE --output_dir DIR --beta 0.05 0.1 --seeds 0 1 2",
+        "train over values and seeds, and compare",
+    ),
     "plan": ("--model PATH --max_length N --gpu_memory GB", "what a step takes, before a GPU is rented"),
     "online": ("--model PATH --prompts FILE --reward REWARD --output_dir DIR", "align it on its own completions"),
     "cache": ("build|inspect|verify|export|prune", "the reference log-probabilities on disk"),
@@ -28,6 +32,7 @@ COMMANDS = {
     "udm": ("--data FILE --embedder tfidf --output FILE", "weights that match the prompts of both classes"),
     "merge": ("--model ADAPTER --output_dir DIR", "an adapter and its base as one model, for serving"),
     "export": ("--model RUN --output_dir DIR", "weights and GGUF to serve, and the commands of vLLM and the Hub"),
+    "recipes": ("[NAME]", "the papers' recipes for --config, and files for accelerate launch"),
     "report": ("RUN [RUN ...] [--output FILE.html]", "plots and a table of runs, on one page"),
     "bench": ("[--model PATH]", "what the fused head saves on this machine"),
     "generate": ("--model PATH --prompts FILE --output FILE", "completions, as AlpacaEval or Arena-Hard"),
@@ -63,6 +68,26 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"bco-fast: error: {reason}", file=sys.stderr)
         return 2
+
+
+_EXTRAS = {
+    "train": ("transformers", "accelerate", "peft", "tokenizers", "matplotlib", "yaml"),
+    "data": ("datasets", "pyarrow", "sklearn"),
+}
+"""Packages of our extras in pyproject.toml, by the names that are imported."""
+
+
+@contextlib.contextmanager
+def _extras(command: str) -> Iterator[None]:
+    """A package of an extra that is not installed is named with the line that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        raise UsageError(f"bco-fast {command} needs {package}: pip install 'bco_fast[{extra}]'") from None
 
 
 @contextlib.contextmanager
@@ -104,7 +129,8 @@ def _run(arguments: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-        summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
+        with _extras(command):
+            summary = getattr(importlib.import_module(f".{command}", __name__), command)(rest)
     except UsageError as error:
         if not error.of_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"bco-fast: error: {with_dashes(str(error))}", file=sys.stderr)

@@ -39,6 +39,7 @@ from .common import (
     nearest,
     usage_errors,
 )
+from .gpu_defaults import bfloat16
 
 _REFERENCE_NAME = re.compile(r"[0-9a-f]{32}")
 
@@ -81,7 +82,9 @@ def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective,
     parser.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
     parser.add_argument("--data", required=True, help="feedback, as for train")
     parser.add_argument(
-        "--autocast", choices=["no", "bf16", "fp16"], default="no", help="bf16 if training is given --bf16 true"
+        "--autocast",
+        choices=["no", "bf16", "fp16"],
+        help="as training: fp16 if it is given --fp16 true, no if --bf16 false (default: bf16 on a GPU that can, else no)",
     )
     parser.add_argument(
         "--loss_type",
@@ -104,6 +107,7 @@ def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective,
     part, parts = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= part <= parts:
         raise UsageError(f"--shard {options.shard}: must be I/N with I from 1 to N")
+    options.autocast = options.autocast or ("bf16" if bfloat16() else "no")
     options.bf16, options.fp16 = options.autocast == "bf16", options.autocast == "fp16"
     with usage_errors(ValueError):
         objective = find_objective("+".join(options.loss_type))

@@ -17,6 +17,8 @@ from .common import Parser, nearest
 from .trl_yaml import from_trl
 
 MAX_BYTES = 1 << 20
+RECIPES = Path(__file__).parents[1] / "configs"
+"""The papers' recipes, and experiments of several of them."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,6 +43,18 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
+
+
+def recipe_path(name: str, kind: str = "") -> str:
+    """The file of that name, or the recipe that comes with bco_fast: `bco_ultrafeedback`, with or without configs/ and .yaml.
+
+    Args:
+        kind: a folder of recipes, such as experiments.
+    """
+    if Path(name).is_file() or Path(name).parent not in (Path(), Path("configs"), Path("configs", kind)):
+        return name
+    recipe = RECIPES / kind / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return str(recipe) if recipe.is_file() else name
 
 
 def read_config(path: str, parser: Parser, config_class: type) -> list[str]:

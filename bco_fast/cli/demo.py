@@ -190,6 +190,7 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     """Everything, in order; -> the summary that the command line prints."""
     from ..evaluation.plots import plot_shift
     from ..evaluation.run_reading import load_run
+    from ..evaluation.samples import PromptSamples
 
     start = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,8 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     config = FeedbackConfig(**_TRAINING, **folders, max_steps=max_steps, learning_rate=2e-4, logging_steps=5, seed=seed)
     files = (output_dir / name for name in ("feedback.jsonl", "held_out.jsonl"))
     datasets = [load_feedback(file, tokenizer, max_length=64) for file in files]
-    summary = run_training(model, tokenizer, config, *datasets, start=start)
+    samples = PromptSamples(held_out[:3], max_new_tokens=8)
+    summary = run_training(model, tokenizer, config, *datasets, start=start, samples=samples)
 
     _say("[4/4] let it answer again, on prompts it was never trained on")
     after = judge(model, tokenizer, held_out, seed + 3, samples=8).share
@@ -221,9 +223,19 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
         f"{'completions that deserve thumbs up':34}{before:8.1%}{after:8.1%}\n"
         f"{'reward margin':34}{0:8.2f}{summary['held_out_margin']:8.2f}\n"
         f"{'AUC of the reward':34}{0.5:8.2f}{summary['held_out_auc']:8.2f}\n\n"
+        f"{_three(samples.rows)}\n\n"
         f"plot: {output_dir / 'rewards.png'}    feedback: {output_dir / 'feedback.jsonl'}    model: {output_dir / 'bco'}"
     )
     return summary
+
+
+def _three(rows: list[dict]) -> str:
+    """The sample prompts with the first and the last completion of each."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        said.setdefault(row["prompt"], []).append(row["completion"])
+    lines = [f"{prompt:44}  {answers[0]:30}  {answers[-1]}" for prompt, answers in said.items()]
+    return "\n".join([f"{'most likely completions':44}  {'before':30}  after", *lines])
 
 
 def rule_reward(prompts: list[str], completions: list[str], **columns) -> list[float]:

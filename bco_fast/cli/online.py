@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
+from .gpu_defaults import keep_what_fits
 from .run_options import (
     add_run_options,
     check_earlier_run,
@@ -67,6 +68,7 @@ def online(arguments: list[str]) -> dict:
         with common.usage_errors(RewardError, prefix="--reward "):
             reward = load_reward(options.reward, config.trust_remote_code)
         model, tokenizer = common.load_model_and_tokenizer(options.model, config)
+        keep_what_fits(config, options.of_the_gpu, model)
         follow(trained_form(options.model), prompts, tokenizer, "off")  # strings are read as text here
         trainer = OnlineFeedbackTrainer(
             model, config, prompts, reward, processing_class=tokenizer, eval_prompts=eval_prompts

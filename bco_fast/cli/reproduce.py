@@ -27,7 +27,8 @@ from pathlib import Path
 
 from ..files import atomic_text
 from .common import Parser, UsageError, check_writable, nearest, usage_errors
-from .config_file import load_mapping
+from .config_file import load_mapping, recipe_path
+from .run_options import way_on
 
 KEYS = ("output_dir", "prepare", "sft", "align", "generate", "judge", "against")
 METRICS = {
@@ -108,7 +109,7 @@ def read_experiment(path: str) -> Experiment:
     if given["against"] == "sft" and sft is None:
         raise ValueError("against: sft needs the stage sft")
     for recipe in [*align.values(), *([] if sft is None else [sft])]:
-        if not Path(recipe).is_file():
+        if not Path(recipe_path(recipe)).is_file():
             raise ValueError(f"no such recipe: {recipe}")
     return Experiment(
         Path(given["output_dir"]), prepare, sft, align, given["generate"], given["judge"], given["against"]
@@ -126,7 +127,7 @@ def run_stage(stage: Stage, records: Path, launcher: Sequence[str]) -> dict:
                 "output_dir, or remove what depends on the change"
             )
         return done["summary"]
-    command = [*stage.command, *_way_on(stage)]
+    command = [*stage.command, *(way_on(stage.folder) if stage.folder else ())]
     starter = [*launcher, "-m"] if launcher and stage.folder else [sys.executable, "-m"]
     print(f"[{stage.name}] bco-fast {shlex.join(command)}", file=sys.stderr, flush=True)
     arguments = [*starter, "bco_fast.cli", *command]
@@ -141,16 +142,6 @@ def run_stage(stage: Stage, records: Path, launcher: Sequence[str]) -> dict:
     with atomic_text(record) as file:
         file.write(json.dumps({"command": list(stage.command), "summary": summary}, indent=1) + "\n")
     return summary
-
-
-def _way_on(stage: Stage) -> list[str]:
-    """A training that was stopped before resumes, or starts again where it had no whole checkpoint."""
-    if not stage.folder or not Path(stage.folder).is_dir():
-        return []
-    from ..training.checkpoints import MANIFEST, candidates
-
-    whole = any((folder / MANIFEST).is_file() for folder in candidates(True, stage.folder))
-    return ["--resume_from_checkpoint", "true"] if whole else ["--overwrite_output_dir", "true"]
 
 
 def results(summaries: Mapping[str, dict], experiment: Experiment, seeds: Sequence[int]) -> list[dict]:
@@ -192,8 +183,7 @@ def reproduce(arguments: list[str]) -> dict:
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the results (default: the file's)")
     parser.add_argument("--launcher", default="", help="starts training, as in 'accelerate launch --num_processes 8'")
     options = parser.parse_args(arguments)
-    short = Path("configs/experiments", f"{options.name}.yaml")
-    path = str(short) if not Path(options.name).is_file() and short.is_file() else options.name
+    path = recipe_path(options.name, "experiments")
     with usage_errors(ValueError, prefix=f"{path}: "):
         experiment = read_experiment(path)
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from . import common
+from .gpu_defaults import keep_what_fits
 from .run_options import add_run_options, check_earlier_run, parse_run
 
 
@@ -41,6 +42,7 @@ def reward(arguments: list[str]) -> dict:
         if not held_out and options.eval_fraction:
             rows, held_out = split_by_prompt(rows, options.eval_fraction)
         judge = _model(options.model, config)
+        keep_what_fits(config, options.of_the_gpu, judge.model)
         encoded = [encode_pairs(part, judge) or None for part in (rows, held_out)]
         trainer = RewardTrainer(judge, config, *encoded)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -21,13 +21,18 @@ from .common import (
     with_dashes,
     write_failure,
 )
-from .config_file import read_config
+from .config_file import read_config, recipe_path
+from .gpu_defaults import OPTIONS, gpu_defaults
 from .help_text import help_text, wants_help
 
 
 def add_run_options(parser: Parser) -> None:
     """Options of `train` and `online` alike. What is required may come from --config too."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it (default: none)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of options, or a recipe's name; flags win over it (default: none)",
+    )
     parser.add_argument(
         "--model", metavar="PATH", help="folder of a Hugging Face causal language model, or a Hub name; required"
     )
@@ -42,7 +47,7 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         required: those of them that must be given, here or in the file.
 
     Returns:
-        (namespace of `own`, config)
+        (namespace of `own`, with `of_the_gpu`: what `gpu_defaults` turned on; config)
     """
     from transformers import set_seed
 
@@ -52,6 +57,7 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         raise SystemExit(0)
     path = own.parse_known_args(arguments)[0].config
     if path is not None:
+        path = recipe_path(path)
         with usage_errors(UsageError, ValueError, prefix=f"--config {path}: "):
             from_file = read_config(path, known, config_class)
         load_objectives([*from_file, *arguments])
@@ -60,6 +66,8 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         arguments = [*from_file, *arguments]
     else:
         load_objectives(arguments)
+    defaults = {name: known.get_default(name) for name in OPTIONS}
+    known.set_defaults(**dict.fromkeys(OPTIONS))  # None where none is given
     namespace, unknown = known.parse_known_args(arguments)
     if unknown:
         hint = nearest(unknown[0].split("=")[0], known._option_string_actions)
@@ -69,6 +77,7 @@ def parse_run(command: str, about: str, own: Parser, required: tuple[str, ...], 
         raise UsageError(f"the following arguments are required: {', '.join(missing)}")
     values = vars(namespace)
     options = argparse.Namespace(**{action.dest: values.pop(action.dest) for action in own._actions})
+    options.of_the_gpu = gpu_defaults(values, defaults)
     try:
         config = config_class(**values)
     except Exception as error:  # of three libraries
@@ -157,10 +166,21 @@ def resumable(config) -> Iterator[None]:
         raise UsageError(f"{reason}; mend it, then {how_to_continue(config.output_dir)}") from None
 
 
-def how_to_continue(output_dir: str) -> str:
+def way_on(output_dir: str | Path) -> list[str]:
+    """Options of a training that was begun before: it resumes, or starts again where it had no whole checkpoint."""
+    if not Path(output_dir).is_dir():
+        return []
+    return ["--resume_from_checkpoint", "true"] if _newest_whole(output_dir) else ["--overwrite_output_dir", "true"]
+
+
+def _newest_whole(output_dir: str | Path) -> Path | None:
     from ..training.checkpoints import MANIFEST, candidates
 
-    whole = next((folder for folder in candidates(True, output_dir) if (folder / MANIFEST).is_file()), None)
+    return next((folder for folder in candidates(True, output_dir) if (folder / MANIFEST).is_file()), None)
+
+
+def how_to_continue(output_dir: str) -> str:
+    whole = _newest_whole(output_dir)
     if whole is None:
         return f"start again with --overwrite_output_dir true: {output_dir} has no whole checkpoint"
     return f"continue from {whole} with --resume_from_checkpoint true"

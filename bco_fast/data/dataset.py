@@ -68,13 +68,15 @@ class FeedbackDataset(torch.utils.data.Dataset):
     """In a paired dataset chosen and rejected alternate, and an item is the two of them."""
     ref_logps: np.ndarray | None = None  # [examples] float64
     report: dict[str, int] = field(default_factory=dict)
-    """rows, skipped, prompts_cut, completions_cut."""
+    """rows, skipped, prompts_cut, completions_cut; rows_read, if only some of them were taken."""
     paired: bool = False
     ref_token_logps: list[np.ndarray] | None = None
     mismatched: FeedbackDataset | None = None
     """As many examples again, each prompt with another prompt's completion."""
     form: dict[str, str | None] = field(default_factory=dict)
     """Of the rows (`data.form`); empty if it is unknown."""
+    source: str = ""
+    """Name of the file, without its folder, or on the Hub; empty if it is unknown."""
 
     @property
     def has_reference(self) -> bool:

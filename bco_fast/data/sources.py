@@ -239,15 +239,31 @@ def _csv_record(header: list[str], cells: list[str], ours: Mapping[str, str]) ->
         "".join(cells).encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8 came in as lone surrogates
         return RowError("not UTF-8")
-    return {name: _typed(ours.get(name, name), cell) for name, cell in zip(header, cells, strict=True)}
+    try:
+        return {name: _typed(ours.get(name, name), cell) for name, cell in zip(header, cells, strict=True)}
+    except RowError as error:
+        return error
 
 
+_CHATS = "a chat in CSV is a column messages with a JSON list; JSON Lines and Parquet hold chats in every column"
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 def _typed(column: str, cell: str) -> Any:
-    """A cell of CSV by its column: empty is null, as in Parquet; what is neither a truth value nor a number stays text."""
+    """A cell of CSV by its column: empty is null, as in Parquet; what is neither a truth value nor a number stays text.
+
+    Raises:
+        RowError: chat messages, which only `messages` holds, as JSON: a string there cannot be a prompt.
+    """
+    if column == "messages" and cell.strip():
+        try:
+            return json.loads(cell, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"messages is not JSON ({one_line(error)[:120]}); {_CHATS}") from None
+    if column in ("prompt", "completion", "chosen", "rejected") and _MESSAGES.match(cell):
+        raise RowError(f"{column} holds chat messages as text, which would be trained as they stand; {_CHATS}")
     if column in ("label", "kto_tag", "score", "weight", "chosen", "rejected") and not cell:
         return None
     if column in ("label", "kto_tag"):
@@ -305,6 +321,13 @@ def _from_hub(name: str) -> Iterable[Mapping]:
         raise FeedbackError(
             f"{name}: no such file, and not loaded from the Hub ({type(error).__name__}: {one_line(error)[:300]})"
         ) from None
+
+
+def name_of(source: object) -> str:
+    """A file's name without its folder, or the name on the Hub; empty for rows that come from neither."""
+    if not isinstance(source, (str, os.PathLike)):
+        return ""
+    return source if is_hub_name(source) else Path(source).name
 
 
 def one_line(error: object) -> str:

@@ -22,7 +22,7 @@ from .chat import ChatEncoder, Rendering
 from .dataset import Example, FeedbackDataset
 from .form import form_of
 from .rows import BadRows, FeedbackRow, Needs, read_rows, unpair
-from .sources import RowError
+from .sources import RowError, name_of
 from .tokenizer import open_ids, special_tokens
 
 logger = logging.getLogger("bco_fast")
@@ -237,7 +237,7 @@ def load_feedback(
     rows = read_rows(source, needs=needs, on_bad_row=on_bad_row, **reading)
     if needs != "pairs":
         rows = unpair(rows, pairing_ratio)
-    return tokenize_rows(
+    made = tokenize_rows(
         rows,
         tokenizer,
         max_length=max_length,
@@ -246,3 +246,5 @@ def load_feedback(
         on_bad_row=on_bad_row,
         progress=progress,
     )
+    made.source = name_of(source)
+    return made

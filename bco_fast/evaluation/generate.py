@@ -128,12 +128,23 @@ def generate(
         GenerationError: as `encode_prompts`; max_new_tokens leaves no position for a prompt; the model has no EOS.
     """
     sampling = sampling or Sampling()
-    ends = _end_tokens(model, tokenizer)
-    pad, limit = pad_or_eos(tokenizer), positions(model)
+    limit = positions(model)
     if limit and sampling.max_new_tokens >= limit:
         raise GenerationError(f"max_new_tokens is {sampling.max_new_tokens}, but the model has {limit} positions")
     room = limit - sampling.max_new_tokens if limit else None
     encoded = encode_prompts(tokenizer, prompts, chat=chat, max_length=room)
+    return complete(model, tokenizer, encoded, sampling, progress=progress)
+
+
+def complete(
+    model: nn.Module, tokenizer, encoded: Sequence[list[int]], sampling: Sampling, *, progress: bool = False
+) -> list[Completion]:
+    """One completion for each prompt of `encode_prompts`; `generate` says what shapes it.
+
+    Raises:
+        GenerationError: the model has no EOS.
+    """
+    ends, pad = _end_tokens(model, tokenizer), pad_or_eos(tokenizer)
     options = {
         "max_new_tokens": sampling.max_new_tokens,
         "eos_token_id": ends,

@@ -281,17 +281,29 @@ def compare(runs: Sequence[Run]) -> dict[str, tuple]:
         terms = [run.series("error_term") for run in runs]
         error = _compared(runs, terms, "Error term of the training batches", "gap between BCE and DPO")
         figures["error_term"] = error, "error terms of the runs"
-    if all(run.nats is not None for run in runs):
-        title, unit = "Margin of the training batches, as log-ratio", "nats per completion"
-        margins = [run.series("rewards/margins", run.nats) for run in runs]
-        figures["margins"] = _compared(runs, margins, title, unit), "margins of the runs"
-        divergences = [_divergence(run) for run in runs]
-        figures["divergence"] = _compared(runs, divergences, DIVERGENCE, unit), "estimates of the runs' KL divergence"
+    referenced = [run for run in runs if run.nats is not None]
+    if referenced:
+        key, of = _held_out_or_training(referenced, "rewards/margins")
+        title, unit = f"Margin of {of}, as log-ratio", "nats per completion"
+        margins = [run.series(key, run.nats) for run in referenced]
+        figures["margins"] = _compared(referenced, margins, title, unit), "margins of the runs"
+        divergences = [_divergence(run) for run in referenced]
+        figures["divergence"] = (
+            _compared(referenced, divergences, DIVERGENCE, unit),
+            "estimates of the runs' KL divergence",
+        )
     if len({run.loss_type for run in runs}) == 1:
-        losses = [run.series("loss") for run in runs]
-        loss = _compared(runs, losses, "Loss of the training batches", _loss_unit(runs[0].loss_type))
-        figures["loss"] = loss, "losses of the runs"
+        key, of = _held_out_or_training(runs, "loss")
+        losses = [run.series(key) for run in runs]
+        figures["loss"] = _compared(runs, losses, f"Loss of {of}", _loss_unit(runs[0].loss_type)), "losses of the runs"
     return {name: pair for name, pair in figures.items() if pair[0] is not None}
+
+
+def _held_out_or_training(runs: Sequence[Run], key: str) -> tuple[str, str]:
+    """The held-out metric, and in words what it is of; that of the training batches where a run was evaluated once at most."""
+    if all(len(run.series(f"eval_{key}")[0]) > 1 for run in runs):
+        return f"eval_{key}", "the held-out rows"
+    return key, "the training batches"
 
 
 def _compared(runs: Sequence[Run], series: Sequence[tuple[list, list]], title: str, unit: str):

@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-from ..losses.metrics import auc_interval
 from .plots import correlation
-from .run_reading import Run, is_finite
+from .run_reading import Run
 
 SAME = 0.05
 """Relative changes up to this are none."""
@@ -56,11 +55,10 @@ def read_margins(run: Run) -> str | None:
 
 def read_ranking(run: Run) -> str | None:
     found = run.last("eval_rewards/auc")
-    counts = (run.record.get("data") or {}).get("held_out")
-    up, down = (counts.get(side) if isinstance(counts, dict) else None for side in ("up", "down"))
-    if found is None or not 0 <= found <= 1 or not (is_finite(up) and is_finite(down) and min(up, down) > 0):
+    if (bounds := run.auc_bounds(found)) is None:
         return None
-    low, high = auc_interval(found, up, down)
+    (low, high), counts = bounds, run.record["data"]["held_out"]
+    up, down = counts["up"], counts["down"]
     verdict = " That includes chance." if low <= 0.5 <= high else ""
     return (
         f"Held-out AUC {found:.3f} (95 % interval {low:.3f} to {high:.3f}, {up:,.0f} up and {down:,.0f} down).{verdict}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from .run_reading import ReportError, Run, is_finite, load_run
 
 DPI = 130
 """Of the PNG files."""
+SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_CHARACTERS = 16, 5, 1500
+"""How much of samples.jsonl a page shows; the steps are the first, the last and some between."""
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --soft: #555; --line: #ddd }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1320px; margin: 1.5rem auto; padding: 0 1rem }
@@ -29,6 +32,7 @@ th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(
 th:first-child, td:first-child, .text { text-align: left } th { border-bottom: 2px solid var(--soft) }
 .wide { overflow-x: auto } .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); gap: .8rem }
 figure { margin: 0 } figcaption { padding: .3rem .2rem } img { width: 100%; height: auto; border: 1px solid var(--line) } h2 { margin-top: 2rem; overflow-wrap: anywhere } .note, figcaption { color: var(--soft) }
+.said { white-space: pre-wrap; overflow-wrap: anywhere } h4 { margin: 1rem 0 .2rem }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e6e6e6; --page: #16181c; --soft: #a8adb5; --line: #3a3f47 }
   img { filter: invert(.9) hue-rotate(180deg) }
@@ -36,13 +40,16 @@ figure { margin: 0 } figcaption { padding: .3rem .2rem } img { width: 100%; heig
 """
 
 
-def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike | None = None) -> dict:
+def write_report(
+    folders: Sequence[str | os.PathLike], output: str | os.PathLike | None = None, *, each: bool = True
+) -> dict:
     """Read the runs, write the page and its PNG files.
 
     Args:
         folders: of runs, at least one.
         output: the page; None for report.html, in the run's folder or, for several runs, in the current one. Plots are
             written to the folder STEM_plots beside it, as RUN-PLOT.png and .svg.
+        each: with a section for each run; without, several runs are only compared.
 
     Returns:
         output, runs, images (paths of the PNG files) and left_out (run -> notes on what is missing and why).
@@ -62,7 +69,7 @@ def write_report(folders: Sequence[str | os.PathLike], output: str | os.PathLike
     images: list[Path] = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        page = _page(runs, output, images)
+        page = _page(runs, output, images, each=each)
         with atomic_text(output) as file:
             file.write(page)
     except OSError as error:
@@ -87,7 +94,7 @@ def _tell_apart(runs: list[Run]) -> None:
                 run.name = rename(run, i)
 
 
-def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
+def _page(runs: list[Run], output: Path, images: list[Path], *, each: bool) -> str:
     parts = []
     if len(runs) > 1:
         shown = [
@@ -95,7 +102,7 @@ def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
         ]
         parts.append(f'<div class="plots">{"".join(shown)}</div>')
     slugs: set[str] = set()
-    for run in runs:
+    for run in runs if each or len(runs) == 1 else ():
         slug = _slug(run.name, slugs)
         shown = []
         for name, (plot, alt) in PLOTS.items():
@@ -106,7 +113,7 @@ def _page(runs: list[Run], output: Path, images: list[Path]) -> str:
         notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
         about = f'<p class="note">{html.escape(_about(run))}</p>'
         parts.append(
-            f'<h2>{html.escape(run.name)}</h2>{about}{notes}<div class="plots">{"".join(shown)}</div>{_options(run)}'
+            f'<h2>{html.escape(run.name)}</h2>{about}{notes}<div class="plots">{"".join(shown)}</div>{_samples(run)}{_options(run)}'
         )
     title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     return (
@@ -156,35 +163,74 @@ def _about(run: Run) -> str:
     return " · ".join(parts)
 
 
+def _auc(run: Run) -> str:
+    value = run.last("eval_rewards/auc")
+    bounds = run.auc_bounds(value)
+    return _number(value, ".3f") + ("" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]")
+
+
 def _nats(run: Run, key: str) -> str:
     value = run.last(key)
     return "–" if value is None or run.nats is None else _number(value * run.nats, ".3g")
 
 
 def _table(runs: Sequence[Run]) -> str:
-    one_objective = len({run.loss_type for run in runs}) == 1  # losses of different objectives have different units
+    def loss_of(objective: str):
+        return lambda run: _number(run.last("eval_loss"), ".4g") if run.loss_type == objective else "–"
+
+    # losses of different objectives have different units, so they share no column
+    losses = {f"loss of {name}, held out": loss_of(name) for name in dict.fromkeys(run.loss_type for run in runs)}
     columns = {
         "run": lambda run: run.name,
+        "model": lambda run: run.record.get("model") or run.record.get("architecture") or "–",
+        "data": lambda run: run.data_name or "–",
+        "trained rows": lambda run: _number(((run.record.get("data") or {}).get("train") or {}).get("rows"), ",.0f"),
         "objective": lambda run: run.loss_type,
         "β": lambda run: _number(run.record.get("beta"), "g"),
         "learning rate": lambda run: _number((run.record.get("options") or {}).get("learning_rate"), "g"),
         "seed": lambda run: _number((run.record.get("options") or {}).get("seed"), "g"),
         "steps": lambda run: _number(max((line["step"] for line in run.history), default=0), ",.0f") + _of(run),
-        "AUC, held out": lambda run: _number(run.last("eval_rewards/auc"), ".3f"),
+        "AUC, held out (95 %)": _auc,
         "margin, held out": lambda run: _number(run.last("eval_rewards/margins"), ".3g"),
         "margin, nats": lambda run: _nats(run, "eval_rewards/margins"),
-        **({"loss, held out": lambda run: _number(run.last("eval_loss"), ".4g")} if one_objective else {}),
-        "δ": lambda run: _number(run.last("delta"), ".3g"),
+        **losses,
+        "δ": lambda run: _number(run.last("eval_delta"), ".3g"),
         "peak memory, MB": lambda run: _number(run.record.get("peak_memory_mb"), ",.0f"),
         "time, s": lambda run: _number(run.record.get("seconds"), ",.0f"),
-        "trained rows": lambda run: _number(((run.record.get("data") or {}).get("train") or {}).get("rows"), ",.0f"),
     }
-    head = "".join(f"<th>{name}</th>" for name in columns)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(cell(run)))}</td>" for cell in columns.values()) + "</tr>"
         for run in runs
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _samples(run: Run) -> str:
+    """What the model wrote for each sample prompt, before, during and after training."""
+    rows: dict[str, list[dict]] = {}
+    for sample in run.samples:
+        rows.setdefault(json.dumps(sample["prompt"]), []).append(sample)
+    if not rows:
+        return ""
+    parts = []
+    for said in list(rows.values())[:SAMPLE_PROMPTS]:
+        last = len(said) - 1
+        kept = [said[i] for i in sorted({round(k * last / (SAMPLE_STEPS - 1)) for k in range(SAMPLE_STEPS)})]
+        lines = "".join(
+            f'<tr><td>step {sample["step"]:,}</td><td class="text said">{html.escape(_cut(sample["completion"]))}</td></tr>'
+            for sample in kept
+        )
+        parts.append(
+            f'<h4 class="said">{html.escape(_cut(said[0]["text"]))}</h4><div class="wide"><table>{lines}</table></div>'
+        )
+    left = len(rows) - len(parts)
+    more = f'<p class="note">{left} more prompts are in samples.jsonl.</p>' if left else ""
+    return f"<h3>Completions of sample prompts</h3>{''.join(parts)}{more}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]} …"
 
 
 def _number(value, form: str) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..losses.metrics import auc_interval
+
 LARGEST = 1e30
 MAX_BYTES = 256 << 20  # of a log; a million lines
 MAX_LINE, MAX_ROWS = 1 << 16, 1 << 22  # of held_out.jsonl
+MAX_SAMPLES = 16 << 20  # bytes of samples.jsonl
 
 
 class ReportError(ValueError):
@@ -32,6 +35,8 @@ class Run:
     rows: dict[str, np.ndarray] | None = None
     """Held-out completions of the last evaluation: label bool, reward, logp (nats), tokens."""
     rows_step: int = 0
+    samples: list[dict] = field(default_factory=list)
+    """Completions of sample prompts: step, prompt (text or messages) and completion."""
     left_out: list[str] = field(default_factory=list)
 
     def series(self, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
@@ -54,6 +59,20 @@ class Run:
             return None
         beta = self.record.get("beta")
         return 1 / beta if is_finite(beta) and beta > 1 / LARGEST else 1.0
+
+    @property
+    def data_name(self) -> str | None:
+        """Of the file or the Hub's dataset of the training rows."""
+        found = ((self.record.get("data") or {}).get("train") or {}).get("source")
+        return found if isinstance(found, str) else None
+
+    def auc_bounds(self, auc: float | None) -> tuple[float, float] | None:
+        """95 % interval of a held-out AUC; None where the number of rows of each class is unknown."""
+        counts = (self.record.get("data") or {}).get("held_out")
+        up, down = (counts.get(side) if isinstance(counts, dict) else None for side in ("up", "down"))
+        if not (is_finite(auc) and 0 <= auc <= 1 and is_finite(up) and is_finite(down) and min(up, down) > 0):
+            return None
+        return auc_interval(auc, int(up), int(down))
 
     @property
     def reward_unit(self) -> str:
@@ -93,6 +112,7 @@ def load_run(folder: str | os.PathLike) -> Run:
     if not run.record:
         run.left_out.append("No run.json: objective, β, memory and time are unknown, and there is no log-ratio plot.")
     _read_rows(run, home / "held_out.jsonl")
+    _read_samples(run, home / "samples.jsonl")
     return run
 
 
@@ -142,3 +162,21 @@ def _read_rows(run: Run, path: Path) -> None:
         return
     label, reward, logp, tokens = columns.T
     run.rows = {"label": label.astype(bool), "reward": reward, "logp": logp, "tokens": tokens}
+
+
+def _read_samples(run: Run, path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        if path.stat().st_size > MAX_SAMPLES:
+            raise ValueError("too long")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            prompt, completion = row["prompt"], row["completion"]
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            if not (is_finite(row["step"]) and isinstance(text, str) and isinstance(completion, str)):
+                raise ValueError("of another form")
+            run.samples.append({"step": int(row["step"]), "prompt": prompt, "text": text, "completion": completion})
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
+        run.left_out.append("samples.jsonl cannot be read: the completions of sample prompts are left out.")
+        run.samples = []

@@ -49,7 +49,7 @@ def put_on(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError:
-        raise ImportError(f"{path} is an adapter, which needs peft: pip install peft") from None
+        raise ImportError(f"{path} is an adapter, which needs peft: pip install 'bco_fast[train]'") from None
 
     config = PeftConfig.from_pretrained(path)
     config.base_model_name_or_path = base.config._name_or_path

@@ -161,7 +161,7 @@ def add_adapter(model: nn.Module, config: FeedbackConfig, peft_config=None, *, q
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ImportError("use_peft needs peft: pip install peft") from None
+        raise ImportError("use_peft needs peft: pip install 'bco_fast[train]'") from None
 
     # Not peft's prepare_model_for_kbit_training: it makes everything that is not quantised float32. The head would lose
     # the tensor cores, and a cache that was built in the stored dtype would be another model's.

@@ -22,6 +22,8 @@ logger = logging.getLogger("bco_fast")
 
 CHECKED_TOKENS = 64
 """Of a prompt and of a completion, at most: a check must not need more memory than training."""
+CHECKED_ITEMS = 4
+"""The first ones of the training dataset, at most."""
 
 
 def check_arguments(model: nn.Module | str, args: FeedbackConfig, ref_model: nn.Module | None) -> None:
@@ -119,10 +121,10 @@ def _short(example: Example, prompt: np.ndarray) -> Example:
 
 
 def first_rows(dataset: FeedbackDataset, args: FeedbackConfig, layout: Layout) -> list[Item | tuple[Item, Item]]:
-    """The items that `check_start` runs: four at most, and no more than a batch of training holds."""
-    rows = range(min(4, args.per_device_train_batch_size, len(dataset)))
+    """The items that `check_start` runs: no more than a batch of training holds."""
+    rows = range(min(CHECKED_ITEMS, args.per_device_train_batch_size, len(dataset)))
     if args.tokens_per_batch is not None:
-        rows = range(min(4, len(dataset)))
+        rows = range(min(CHECKED_ITEMS, len(dataset)))
         rows = next(token_batches(dataset.sides, rows, args.tokens_per_batch, layout=layout))
     return [dataset[i] for i in rows]
 

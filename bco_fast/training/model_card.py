@@ -56,7 +56,12 @@ _FIGURES = {
 }
 
 
-_NOTES = {"skipped": "bad rows left out", "prompts_cut": "prompts cut", "completions_cut": "completions cut"}
+_NOTES = {
+    "rows_read": "rows in the file",
+    "skipped": "bad rows left out",
+    "prompts_cut": "prompts cut",
+    "completions_cut": "completions cut",
+}
 
 
 def model_card(record: Mapping, license: str | None = None) -> str:
@@ -165,6 +170,8 @@ def _held_out(record: Mapping) -> str:
         for name, title in _FIGURES.items()
         if (key := name.replace("eval_", f"eval_{part}_") if part else name) in figures
     ]
+    if "auc_low" in figures:
+        rows.insert(1, ("its 95 % interval", f"{figures['auc_low']:.3f} to {figures['auc_high']:.3f}"))
     return _table([f"at step {figures.get('step', 0)}", ""], rows) if rows else "Not evaluated yet."
 
 

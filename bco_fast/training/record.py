@@ -29,6 +29,7 @@ from transformers import TrainerCallback, TrainerState
 
 from ..data.dataset import FeedbackDataset
 from ..files import atomic_path, atomic_text, json_numbers
+from ..losses.metrics import auc_interval
 from ..models.attention import base_attention
 from ..models.memory import peak_memory_mb
 from .checkpoints import candidates
@@ -38,6 +39,8 @@ from .model_card import model_card
 logger = logging.getLogger("bco_fast")
 
 STATE = "trainer_state.json"
+SAMPLES = "samples.jsonl"
+"""Of `evaluation.samples`."""
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 # Always recorded; other options only if they differ from their default.
@@ -97,7 +100,8 @@ class RunRecorder(TrainerCallback):
         elif state.is_world_process_zero:  # of another run
             if (there := earlier_run(args.output_dir)) is not None:
                 logger.warning("%s holds %s, which this run replaces", args.output_dir, there)
-            (Path(args.output_dir) / "held_out.jsonl").unlink(missing_ok=True)
+            for name in ("held_out.jsonl", SAMPLES):
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
         self._update(args, state, model)
         self._write_record(args, state)
 
@@ -108,6 +112,8 @@ class RunRecorder(TrainerCallback):
             earlier = {}
         self.record["held_out"] = earlier | {name: value for name, value in numbers.items() if math.isfinite(value)}
         self.record["held_out"]["step"] = state.global_step
+        if not self.name and self.name in self.rows:  # one dataset, without a name
+            self._note_auc(self.rows[self.name][1], state)
         self._update(args, state, model)
         self._write_record(args, state)
         if self.trained:
@@ -116,6 +122,15 @@ class RunRecorder(TrainerCallback):
             self.rows, self.rows_step = {k: v for k, v in self.rows.items() if k == self.name}, state.global_step
         if self.name in self.rows and state.is_world_process_zero:
             _write_rows(Path(args.output_dir) / "held_out.jsonl", self.rows, state.global_step)
+
+    def _note_auc(self, labels: Tensor, state) -> None:
+        found = self.record["held_out"]
+        auc, up, down = found.get("eval_rewards/auc"), int(labels.sum()), int((~labels.bool()).sum())
+        if auc is None or not up or not down:
+            return
+        found["auc_low"], found["auc_high"] = low, high = auc_interval(auc, up, down)
+        if state.is_world_process_zero:
+            logger.info("held-out AUC %.3f, 95 %% interval %.3f to %.3f (%d up, %d down)", auc, low, high, up, down)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self._update(args, state, model)
@@ -192,7 +207,7 @@ def earlier_run(folder: str | Path) -> str | None:
 def remove_run(folder: str | Path) -> None:
     """Delete what `earlier_run` finds, but not the model: the next one replaces it when it is whole."""
     folder = Path(folder)
-    for name in (STATE, "run.json", "held_out.jsonl"):
+    for name in (STATE, "run.json", "held_out.jsonl", SAMPLES):
         (folder / name).unlink(missing_ok=True)
     for path in [*candidates(True, folder), folder / "rounds"]:
         if path.is_dir() and not path.is_symlink():
@@ -223,7 +238,8 @@ def _describe(dataset: FeedbackDataset | None) -> dict | None:
         return None
     up = sum(example.label for example in dataset.examples)
     counts = {"rows": len(dataset), "up": up, "down": len(dataset.examples) - up, "pairs": dataset.paired}
-    return counts | {name: n for name, n in dataset.report.items() if name != "rows"} | dataset.form
+    counts |= {name: n for name, n in dataset.report.items() if name != "rows"} | dataset.form
+    return counts | ({"source": dataset.source} if dataset.source else {})
 
 
 def _describe_model(model: nn.Module) -> dict:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from ..data.dataset import FeedbackDataset
@@ -18,6 +19,7 @@ from ..reference.cache import ReferenceCache, default_cache_dir
 from ..reference.fill import FillReport, fill
 from ..reference.identity import reference_id
 from ..reference.ranks import gather_objects, own_rank
+from .loader import items_of_all_steps
 from .processes import RanksDisagree, check_ranks
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Reference:
     def __init__(self, trainer: FeedbackTrainer, datasets: Sequence[FeedbackDataset], ref_model: nn.Module | None):
         self.trainer, args = trainer, trainer.args
         self.parts = self._parts(datasets)
+        self.items = items_of_all_steps(trainer)
+        """Of the training dataset, those that training reads; None for all, or nearly all."""
         policy = trainer.accelerator.unwrap_model(trainer.model)
         self.model = policy
         if ref_model is not None:
@@ -96,7 +100,7 @@ class Reference:
         args = trainer.args
         report = fill(
             self.cache,
-            [example for part in self.parts for example in part.examples],
+            [part.examples[i] for part in self.parts for i in self._wanted(part)],
             self.model if model is None else model,
             pad_token_id=trainer.pad_token_id,
             tokens_per_batch=args.reference_tokens_per_batch,
@@ -105,6 +109,9 @@ class Reference:
             layout=trainer.layout,
             lockstep=self.sharded,
         )
+        if self.items is not None:
+            most = f"{len(self.items)} of {len(trainer.train_dataset)} training rows"
+            logger.info("reference: max_steps=%d reads %s, so only those are computed", args.max_steps, most)
         logger.info("reference: %s (%s)", report, self.cache.folder)
         self.attach()
         self.model, self.pending = None, False
@@ -121,6 +128,8 @@ class Reference:
             ValueError: it cannot be had any more; says what to do.
         """
         args = self.trainer.args
+        if dataset is self.trainer.train_dataset:
+            self.items = None
         check_ranks([dataset], args, args.cache_dir or default_cache_dir())
         if not self.pending:
             self.parts = self._parts([dataset])
@@ -162,13 +171,39 @@ class Reference:
                 reason = f"{path} has other weights than it had then"
         raise ValueError(_GONE.format(reason))
 
+    def cover_steps(self) -> None:
+        """Add the other training rows if steps, or an order, that were set after the trainer was made read more of them.
+
+        Raises:
+            ValueError: as `add`.
+        """
+        if self.items is None:
+            return
+        now = items_of_all_steps(self.trainer)
+        if now is None or not set(now) <= set(self.items):
+            self.items = now
+            if not self.pending:
+                self.add(self.trainer.train_dataset)
+
+    def _wanted(self, part: FeedbackDataset) -> Iterable[int]:
+        """Indices of its examples that training or evaluation reads."""
+        train = self.trainer.train_dataset
+        if self.items is None or train is None or not (part is train or part is train.mismatched):
+            return range(len(part.examples))
+        sides = 1 + train.paired
+        return [sides * item + side for item in self.items for side in range(sides)]
+
     def attach(self) -> None:
         """Read what the cache has; rows that it lacks get NaN."""
         for part in self.parts:
             keys = [example.key for example in part.examples]
             part.ref_logps = self.cache.sums(keys)
-            if self.trainer.objective.per_token and part.has_reference:
-                part.ref_token_logps = [self.cache.token_logps(key) for key in keys]
+            wanted = list(self._wanted(part))
+            if self.trainer.objective.per_token and not np.isnan(part.ref_logps[wanted]).any():
+                tokens = [np.empty(0, np.float32)] * len(keys)
+                for i in wanted:
+                    tokens[i] = self.cache.token_logps(keys[i])
+                part.ref_token_logps = tokens
 
 
 _GONE = (

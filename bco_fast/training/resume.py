@@ -70,6 +70,8 @@ class WholeCheckpoints:
         Raises:
             CheckpointError: there is no whole checkpoint to resume from, or it is another run's.
         """
+        if self._reference is not None:
+            self._reference.cover_steps()
         self.fingerprint, self.finite = fingerprint(self), FiniteWatch()
         if self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
             logger.warning("save_only_model: checkpoints hold no optimizer, so this run cannot be resumed")

@@ -45,6 +45,9 @@ SEEDS = ("seed", "data_seed")
 INTERVALS = {"save_strategy": "save_steps", "eval_strategy": "eval_steps"}
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
+_TRACKERS = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+"""What to install for report_to, where the package has another name."""
+
 
 def check_numbers(config) -> None:
     """Refuse a number out of its range, NaN among them. None, for a default, is no number.
@@ -98,6 +101,11 @@ def check_others(config) -> None:
             raise ValueError(f"{name} needs a GPU: leave it out on a CPU, or set TRITON_INTERPRET=1")
     if config.layer_checkpoints is not None:
         _check_layer_checkpoints(config)
+    if config.use_peft and importlib.util.find_spec("peft") is None:
+        raise ValueError("use_peft needs peft: pip install 'bco_fast[train]'")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(config, name) and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{name} needs bitsandbytes: pip install bitsandbytes")
     _check_reports(config.report_to)
     _check_optimizer(config)
     _check_scheduler(config)
@@ -147,8 +155,8 @@ def _check_reports(names: list[str]) -> None:
         if name not in integrations.get_available_reporting_integrations():
             try:
                 known[name]()  # says what is missing
-            except (RuntimeError, ImportError) as error:
-                raise ValueError(f"report_to {name}: {error}") from None
+            except (RuntimeError, ImportError):
+                raise ValueError(f"report_to {name} needs a package: pip install {_TRACKERS.get(name, name)}") from None
 
 
 def _check_optimizer(config) -> None:

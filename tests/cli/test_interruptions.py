@@ -33,6 +33,9 @@ def world(tmp_path, monkeypatch):
     tiny.write(tmp_path / "f.jsonl", tiny.rows(30))
     tiny.write(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in tiny.rows(4)])
     tiny.write(tmp_path / "pairs.jsonl", tiny.pairs(4))
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "m"}))
+    Path("lora/adapter_model.safetensors").touch()
     for name in ("a", "b"):
         tiny.write(tmp_path / f"{name}.jsonl", [{"prompt": r["prompt"], "completion": name} for r in tiny.rows(4)])
     return tmp_path
@@ -53,7 +56,19 @@ COMMANDS = {
     "bench": (["bench", "--hidden", "8", "--vocab", "16", "--tokens", "8", "--seconds", "1"], "bco_fast.cli.bench._seconds"),
     "demo": (["demo", "--output_dir", "d"], "bco_fast.cli.demo.build_model"),
     "report": (["report", "out"], "bco_fast.evaluation.report.write_report"),
+    "check": (["check", "f.jsonl", "--model", "m", "--max_length", "32"], "bco_fast.data.check.examine"),
+    "sweep": (["sweep", "--output_dir", "s", "--model", "m", "--data", "f.jsonl", "--use_cpu", "true"], "bco_fast.cli.sweep.run_all"),
+    "merge": (["merge", "--model", "lora", "--output_dir", "merged"], "bco_fast.cli.merge.load_model_and_tokenizer"),
+    "export": (["export", "--model", "lora", "--output_dir", "exported", "--gguf", "none"], "bco_fast.cli.export.write_merged"),
+    "plan": (["plan", "--model", "m", "--max_length", "32", "--gpu_memory", "1"], "bco_fast.cli.plan.model_config"),
+    "reproduce": (["reproduce", "bco_fig1_ultrafeedback"], "bco_fast.cli.reproduce.read_experiment"),
+    "reward": (["reward", "--model", "m", "--data", "pairs.jsonl", "--output_dir", "r", "--eval_fraction", "0", "--use_cpu", "true"], "bco_fast.cli.reward._model"),
+    "recipes": (["recipes"], "bco_fast.cli.recipes._about"),
 }  # fmt: skip
+
+
+def test_every_command_is_interrupted():
+    assert {command.partition(",")[0].split()[0] for command in COMMANDS} == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize(

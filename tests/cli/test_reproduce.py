@@ -11,6 +11,7 @@ import yaml
 
 from bco_fast import cli
 from bco_fast.cli import reproduce
+from bco_fast.cli.run_options import way_on
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = {
@@ -88,10 +89,9 @@ def test_a_stopped_experiment_goes_on_where_it_stopped(commands, capsys):
 def test_a_training_resumes_from_its_whole_checkpoint(tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    stage = reproduce.Stage("t", ("train",), str(tmp_path / "out"))
-    assert reproduce._way_on(stage) == ["--overwrite_output_dir", "true"]
+    assert way_on(tmp_path / "out") == ["--overwrite_output_dir", "true"]
     (checkpoint / "manifest.json").write_text("{}")
-    assert reproduce._way_on(stage) == ["--resume_from_checkpoint", "true"]
+    assert way_on(tmp_path / "out") == ["--resume_from_checkpoint", "true"]
 
 
 @pytest.mark.parametrize(

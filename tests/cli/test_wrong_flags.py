@@ -1,6 +1,7 @@
 """Every wrong flag ends in one line that names it, with exit code 2, and before a model is loaded where that is possible."""
 
 import importlib.util
+import json
 
 import pytest
 import tiny
@@ -22,6 +23,14 @@ USUAL = {
     "report": "out",
     "bench": "--seconds 1",
     "demo": "",
+    "check": "f.jsonl --model m --max_length 32",
+    "sweep": "--model m --data f.jsonl --output_dir out --use_cpu true --report_to none",
+    "merge": "--model lora --output_dir out",
+    "export": "--model lora --output_dir out",
+    "plan": "--model m --max_length 32 --gpu_memory 1",
+    "reproduce": "bco_fig1_ultrafeedback",
+    "reward": "--model m --data pairs.jsonl --output_dir out --use_cpu true --report_to none",
+    "recipes": "",
     "cache inspect": "",
     "cache verify": "",
     "cache export": "--output c.parquet",
@@ -37,6 +46,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong_flags")
     tiny.model().save_pretrained(folder / "m")
     TOKENIZER.save_pretrained(folder / "m")
+    (folder / "lora").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "m")}
+    (folder / "lora/adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "lora/adapter_model.safetensors").touch()
     tiny.write(folder / "f.jsonl", tiny.rows(30))
     tiny.write(folder / "pairs.jsonl", tiny.pairs(5))
     for name, completion in {"p": None, "a": "a b", "b": "c"}.items():
@@ -47,6 +60,11 @@ def world(tmp_path_factory):
     )
     (folder / "rw.py").write_text("print()\n")
     return folder
+
+
+def test_every_command_has_wrong_flags():
+    assert {command.split()[0] for command in TABLE} == set(cli.COMMANDS)
+    assert USUAL.keys() == TABLE.keys()
 
 
 def _given(flag, value):

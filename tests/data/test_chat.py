@@ -361,7 +361,8 @@ def test_chats_train_from_the_command_line(tmp_path, capfd):
                  "--dataloader_num_workers", 2]  # fmt: skip
     assert cli.main([str(argument) for argument in arguments]) == 0
     summary = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
-    assert summary["rows"] + summary["held_out_rows"] == summary["cache_computed"] == 30
+    assert summary["rows"] + summary["held_out_rows"] == 30
+    assert summary["held_out_rows"] + 8 <= summary["cache_computed"] <= summary["held_out_rows"] + 12
 
 
 THOUGHT = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")

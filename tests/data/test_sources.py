@@ -494,3 +494,32 @@ def test_repeated_rows_and_texts_with_both_thumbs_are_counted(caplog):
 def test_a_label_that_disagrees_with_kto_tag_is_refused():
     with pytest.raises(FeedbackError, match="label is True and kto_tag is False"):
         read_rows([{"prompt": "a", "completion": "b", "label": True, "kto_tag": False}])
+
+
+def test_chats_in_csv(tmp_path):
+    chat = [{"role": "user", "content": "hi, you"}, {"role": "assistant", "content": 'a "b"'}]
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages", "label"], [json.dumps(chat), "true"]])
+    (row,) = read_rows(path)
+    assert (row.prompt, row.label) == ((chat[0],), True)
+    assert row.completions[0]["content"] == 'a "b"'
+
+
+@pytest.mark.parametrize(
+    ("head", "cell", "reason"),
+    [
+        ("messages", "[{'role': 'user'}]", "messages is not JSON"),
+        ("prompt", "[{'role': 'user', 'content': 'hi'}]", "prompt holds chat messages as text"),
+        ("prompt", '[{"content": "hi", "role": "user"}]', "prompt holds chat messages as text"),
+    ],
+)
+def test_what_csv_cannot_hold_names_what_can(tmp_path, head, cell, reason):
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[head, "completion", "label"], [cell, "a", "true"]])
+    with pytest.raises(
+        FeedbackError, match=f"{reason}.*a column messages with a JSON list; JSON Lines and Parquet hold"
+    ):
+        read_rows(path)

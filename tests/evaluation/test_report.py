@@ -30,6 +30,7 @@ from bco_fast.training.model_card import SOURCES, model_card
 from bco_fast.training.record import public, public_options
 
 FILE = Path(__file__)
+NONE = "\N{EN DASH}"
 
 
 @pytest.fixture(scope="session")
@@ -302,13 +303,15 @@ def test_the_table_says_what_the_log_says(run, paired, tmp_path):
     cells = _Page((tmp_path / "r.html").read_text()).cells
     for folder, objective in ((run, "bco"), (paired, "simpo")):
         name = f"{folder.parent.name}/run"  # both folders are called run
-        row = cells[cells.index(name) :][:13]
-        assert row[1] == objective
-        assert row[5] == "6 of 6"
-        assert row[6] == f"{_last(folder, 'eval_rewards/auc'):.3f}"
-        assert row[7] == f"{_last(folder, 'eval_rewards/margins'):.3g}"
+        row = cells[cells.index(name) :][:17]
         record = json.loads((folder / "run.json").read_text())
-        assert row[10:12] == [f"{record['peak_memory_mb']:,.0f}", f"{record['seconds']:,.0f}"]
+        assert row[1:5] == ["tiny", "feedback.jsonl", str(record["data"]["train"]["rows"]), objective]
+        assert row[8] == "6 of 6"
+        assert row[9].startswith(f"{_last(folder, 'eval_rewards/auc'):.3f} [")
+        assert row[10] == f"{_last(folder, 'eval_rewards/margins'):.3g}"
+        loss = f"{_last(folder, 'eval_loss'):.4g}"
+        assert row[12:14] == ([loss, NONE] if objective == "bco" else [NONE, loss])  # a column each
+        assert row[15:] == [f"{record['peak_memory_mb']:,.0f}", f"{record['seconds']:,.0f}"]
 
 
 def _read(name, rows=None, record=None, **series):

@@ -268,8 +268,12 @@ def test_four_bits_without_bitsandbytes_say_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
     )
+    config = _config(tmp_path, use_peft=True)
+    config.load_in_4bit = True
     with pytest.raises(ImportError, match="need bitsandbytes"):
-        load_model("anywhere", _config(tmp_path, load_in_4bit=True, use_peft=True))
+        load_model("anywhere", config)
+    with pytest.raises(ValueError, match="load_in_4bit needs bitsandbytes: pip install bitsandbytes"):
+        _config(tmp_path, load_in_4bit=True, use_peft=True)
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
@@ -281,7 +285,8 @@ def test_a_quantised_base_keeps_the_stored_dtype_of_its_head(bits, tmp_path):
     prepared = prepare_model_for_kbit_training(copy.deepcopy(loaded))
     assert prepared.lm_head.weight.dtype == torch.float32, "peft no longer does what add_adapter avoids"
     assert reference_id(prepared) != built
-    config = _config(tmp_path, use_peft=True, lora_r=4, gradient_checkpointing=True, **{bits: True})
+    config = _config(tmp_path, use_peft=True, lora_r=4, gradient_checkpointing=True)
+    setattr(config, bits, True)  # bitsandbytes is not needed here
     adapted = patch_model(add_adapter(loaded, config))
     assert adapted.get_output_embeddings().weight.dtype == torch.bfloat16
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
