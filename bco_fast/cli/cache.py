@@ -75,12 +75,16 @@ _AS_TRAIN = ("on_bad_row", "columns", "score_scale", "labels", "chat_template", 
 
 def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective, tuple[int, int]]:
     """-> (options, the objective that will train, part I of N); refuses what can be refused before anything is loaded."""
+    from ..reference.adapter import check_adapter_folder
     from ..training.config import FeedbackConfig
     from ..training.values import check_numbers
 
     parser = _parser("build", one_reference=False)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face causal language model, or a Hub name")
     parser.add_argument("--data", required=True, help="feedback, as for train")
+    parser.add_argument(
+        "--adapter", metavar="PATH", help="folder of an adapter on the model, as --ref_adapter of train (default: none)"
+    )
     parser.add_argument(
         "--autocast",
         choices=["no", "bf16", "fp16"],
@@ -112,6 +116,8 @@ def _build_options(arguments: list[str]) -> tuple[argparse.Namespace, Objective,
     with usage_errors(ValueError):
         objective = find_objective("+".join(options.loss_type))
         check_numbers(options)
+        if options.adapter is not None:
+            check_adapter_folder("--adapter", options.adapter)
     if not objective.reference:
         raise UsageError(f"--loss_type {' '.join(options.loss_type)} reads no reference")
     check_input("--data", options.data)
@@ -128,12 +134,17 @@ def build(arguments: list[str]) -> None:
     from ..data.tokenize import load_feedback
     from ..data.tokenizer import pad_or_eos, positions
     from ..models.patch import patch_model
+    from ..reference.adapter import load_reference_adapter
     from ..reference.fill import fill
     from ..reference.identity import reference_id
     from ..training.sharing import choose_layout
 
     options, objective, (part, parts) = _build_options(arguments)
     model, tokenizer = load_model_and_tokenizer(options.model, options)
+    with_adapter = options.adapter is not None
+    if with_adapter:
+        with usage_errors(ValueError):
+            model = load_reference_adapter("--adapter", options.adapter, model, options)
     if options.max_length > (positions(model) or options.max_length):
         raise UsageError(f"--max_length is {options.max_length}, but the model has {positions(model)} positions")
     limits = {name: getattr(options, name) for name in ("max_length", "max_prompt_length")}
@@ -155,7 +166,7 @@ def build(arguments: list[str]) -> None:
     with usage_errors(ValueError):
         layout = choose_layout(model, batches, dataset, pad_or_eos(tokenizer))
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.autocast]
-    cache = ReferenceCache(options.cache_dir, reference_id(model, autocast=options.autocast))
+    cache = ReferenceCache(options.cache_dir, reference_id(model, autocast=options.autocast, adapter=with_adapter))
     report = fill(
         cache,
         examples,
@@ -164,6 +175,7 @@ def build(arguments: list[str]) -> None:
         tokens_per_batch=options.reference_tokens_per_batch,
         autocast=None if dtype is None else torch.autocast(device.type, dtype),
         layout=layout if layout == "shared" else None,
+        adapter=with_adapter,
     )
     print(report, flush=True)
 

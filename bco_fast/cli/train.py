@@ -63,6 +63,7 @@ def train(arguments: list[str]) -> dict:
 
     from ..data.sources import name_of
     from ..data.tokenize import tokenize_rows
+    from ..reference.adapter import check_adapter_folder
 
     common.check_input("--data", options.data)
     common.check_input("--eval_data", options.eval_data)
@@ -74,6 +75,9 @@ def train(arguments: list[str]) -> dict:
     config.resume_from_checkpoint = checkpoint_to_resume(config)
     common.check_writable("--output_dir", config.output_dir)
     check_earlier_run(config)
+    if config.ref_adapter is not None:
+        with common.usage_errors(ValueError):
+            check_adapter_folder("--ref_adapter", config.ref_adapter)
     if config.cache_dir is not None and config.objective.reference:
         common.check_writable("--cache_dir", config.cache_dir)
     with common.usage_errors(ValueError):

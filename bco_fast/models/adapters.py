@@ -55,7 +55,7 @@ def put_on(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     config.base_model_name_or_path = base.config._name_or_path
     config.inference_mode = False
     model = PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
-    logger.info("%s is an adapter on %s; without it, the base is the reference", path, base.config._name_or_path)
+    logger.info("%s is an adapter on %s", path, base.config._name_or_path)
     return model
 
 

@@ -57,6 +57,8 @@ class OnlineConfig(FeedbackConfig):
         super().__post_init__()
         if self.objective.data == "pairs":
             raise ValueError(f"{self.loss_type} needs pairs; online training samples completions one by one")
+        if self.ref_adapter is not None:
+            raise ValueError("ref_adapter: online training keeps its reference in memory, pass ref_model= instead")
         if self.max_completion_length is not None:
             raise ValueError(
                 "online training samples its completions: give max_new_tokens instead of max_completion_length"

@@ -30,6 +30,8 @@ def check_arguments(model: nn.Module | str, args: FeedbackConfig, ref_model: nn.
     """Refuse other arguments than a `FeedbackConfig`, and a reference that training would change."""
     if not isinstance(args, FeedbackConfig):
         raise TypeError(f"args must be a FeedbackConfig, not {type(args).__name__}")
+    if ref_model is not None and args.ref_adapter is not None:
+        raise ValueError("ref_adapter and ref_model are two references: leave one out")
     if ref_model is not None and ref_model is model:
         raise ValueError(
             "ref_model is the model itself, which training changes: leave ref_model out, and the model as it is now is the "

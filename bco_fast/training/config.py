@@ -97,12 +97,10 @@ class FeedbackConfig(TrainingArguments):
     )
     f_divergence_type: str = _option(
         "reverse_kl",
-        "Divergence from the reference in dpo and six others, see docs/objectives.md.",
+        "Divergence in dpo and six others (docs/objectives.md).",
         choices=list(DIVERGENCES),
     )
-    f_alpha_divergence_coef: float = _option(
-        0.5, "Exponent of alpha_divergence, mostly in [0, 1]: 0 is forward_kl, 1 is reverse_kl."
-    )
+    f_alpha_divergence_coef: float = _option(0.5, "Of alpha_divergence, mostly in [0, 1]; 1 is reverse_kl.")
     exo_epsilon: float = _option(
         0.001, "Share of the probability that exo_pair leaves to the rejected completion, (0, 0.5)."
     )
@@ -213,6 +211,7 @@ class FeedbackConfig(TrainingArguments):
         None, "Values of label that are thumbs: up=1,down=-1 or up=4|5,down=1|2,ignore=3. Default: true and false."
     )
     score_scale: str | None = _option(None, "Lowest and highest score in the data, as in 1,5. Default: 0,1.")
+    ref_adapter: str | None = _option(None, "Adapter on the same base that is the reference: a folder. Default: none.")
     cache_dir: str | None = _option(
         None, "Folder of the reference cache. Default: $BCO_FAST_CACHE, or bco_fast in the user's cache folder."
     )
@@ -307,6 +306,8 @@ class FeedbackConfig(TrainingArguments):
             value, default = getattr(self, name), ours[name].default
             if value != default and not (name == "desirable_weight" and value == 1.0):
                 raise ValueError(f"{self.loss_type} does not read {name} (given: {value!r})")
+        if self.ref_adapter is not None and not objective.reference:
+            raise ValueError(f"{self.loss_type} does not read ref_adapter: it has no reference")
         if self._given("f_alpha_divergence_coef") and self.f_divergence_type != "alpha_divergence":
             raise ValueError(
                 f"f_alpha_divergence_coef is for f_divergence_type alpha_divergence, not {self.f_divergence_type}"

@@ -57,7 +57,7 @@ _MAY_DIFFER = {
     ),
     "seen in the weights, the adapter or the rows themselves": (
         "model_dtype attn_implementation load_in_4bit load_in_8bit use_peft lora_r lora_alpha lora_dropout "
-        "lora_target_modules lora_modules_to_save chat_template columns score_scale labels on_bad_row"
+        "lora_target_modules lora_modules_to_save ref_adapter chat_template columns score_scale labels on_bad_row"
     ),
 }
 MAY_DIFFER = frozenset(name for names in _MAY_DIFFER.values() for name in names.split())

@@ -146,9 +146,11 @@ def _front_matter(record: Mapping, license: str | None) -> str:
 def _reading(record: Mapping) -> str:
     if not record.get("reference"):
         return "Rewards below are log-probabilities of the model itself; there is no reference model."
+    another = record.get("options", {}).get("ref_adapter")
+    reference = "the base with another adapter" if another else "the model before training"
     if record.get("beta") is None:
-        return "Rewards below are log-ratios to the reference, logp − logp_ref, in nats; the reference is the model before training."
-    return "Rewards below are r = β (logp − logp_ref), sums over a completion's tokens; the reference is the model before training."
+        return f"Rewards below are log-ratios to the reference, logp − logp_ref, in nats; the reference is {reference}."
+    return f"Rewards below are r = β (logp − logp_ref), sums over a completion's tokens; the reference is {reference}."
 
 
 def _data(record: Mapping) -> str:

@@ -15,7 +15,8 @@ from ..data.samplers import mismatched
 from ..models.attention import base_attention, knows_segments, use_segments
 from ..models.load import read_weights
 from ..models.patch import patch_model
-from ..reference.cache import ReferenceCache, default_cache_dir
+from ..reference.adapter import load_reference_adapter
+from ..reference.cache import ReferenceCache, ReferenceId, default_cache_dir
 from ..reference.fill import FillReport, fill
 from ..reference.identity import reference_id
 from ..reference.ranks import gather_objects, own_rank
@@ -49,6 +50,8 @@ class Reference:
         """Of the training dataset, those that training reads; None for all, or nearly all."""
         policy = trainer.accelerator.unwrap_model(trainer.model)
         self.model = policy
+        self.adapter = args.ref_adapter is not None
+        """The reference is `ref_model` with its adapter."""
         if ref_model is not None:
             self.model = self._ready(ref_model)
         elif any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules()):
@@ -65,13 +68,16 @@ class Reference:
         """Sharded: all ranks `fill` in lockstep; pending: once the trainer has put the model on its devices."""
         name = None
         if own_rank() == 0 or not self.sharded:
-            name = reference_id(self.model, autocast=trainer.accelerator.mixed_precision)
+            name = self._identify(self.model)
         names = gather_objects(name)
         other = next((rank for rank, found in enumerate(names) if found not in (None, names[0])), None)
         if other is not None:
             raise RanksDisagree(f"rank {other} has a reference model with other weights than rank 0")
         self.name = names[0]
         self.cache = ReferenceCache(args.cache_dir or default_cache_dir(), self.name)
+
+    def _identify(self, model: nn.Module) -> ReferenceId:
+        return reference_id(model, autocast=self.trainer.accelerator.mixed_precision, adapter=self.adapter)
 
     def _parts(self, datasets: Sequence[FeedbackDataset]) -> list[FeedbackDataset]:
         """The datasets and, where the objective reads them, their mismatched completions."""
@@ -108,6 +114,7 @@ class Reference:
             progress=not args.disable_tqdm and trainer.accelerator.is_local_main_process,
             layout=trainer.layout,
             lockstep=self.sharded,
+            adapter=self.adapter,
         )
         if self.items is not None:
             most = f"{len(self.items)} of {len(trainer.train_dataset)} training rows"
@@ -153,8 +160,13 @@ class Reference:
                 return model
             raise ValueError(_GONE.format("the model is sharded, and its weights cannot be compared"))
         given = self._given()
-        if given is not None and reference_id(given, autocast=accelerator.mixed_precision) == self.name:
+        if given is not None and self._identify(given) == self.name:
             return given
+        if self.adapter:
+            model = self._ready(reference_adapter(self.trainer))
+            if self._identify(model) == self.name:
+                return model
+            raise ValueError(_GONE.format(f"{self.trainer.args.ref_adapter} has changed since"))
         options = dict(self._checkpoint)
         path = options.pop("path")
         reason = "it has changed since, and it was not loaded from a checkpoint"
@@ -166,7 +178,7 @@ class Reference:
             else:
                 logger.info("reference: %s is loaded again for rows that the constructor has not seen", path)
                 model = self._ready(model)
-                if reference_id(model, autocast=accelerator.mixed_precision) == self.name:
+                if self._identify(model) == self.name:
                     return model
                 reason = f"{path} has other weights than it had then"
         raise ValueError(_GONE.format(reason))
@@ -212,6 +224,17 @@ _GONE = (
 )
 
 
+def reference_adapter(trainer: FeedbackTrainer) -> nn.Module:
+    """The model of `ref_adapter`."""
+    policy, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    if trainer.sharded:
+        raise ValueError(
+            "ref_adapter is loaded whole on every rank, which FSDP and DeepSpeed are there to avoid: train without them, or "
+            "merge it by `bco-fast merge` and pass ref_model"
+        )
+    return load_reference_adapter("ref_adapter", args.ref_adapter, policy, args)
+
+
 def _only_adapters_are_trained(model: nn.Module | None) -> bool:
     """Whether a PEFT model's base is as it was before training."""
     if not hasattr(model, "disable_adapter"):
@@ -236,6 +259,8 @@ def prepare_reference(
     needed = trainer.objective.reference and bool(datasets)
     check_ranks(datasets, args, args.cache_dir or default_cache_dir() if needed else None)
     reference = None
+    if needed and args.ref_adapter is not None:
+        ref_model = reference_adapter(trainer)
     if needed or (trainer.objective.reference and ref_model is None and not trainer.sharded):
         reference = Reference(trainer, datasets, ref_model)
         if ref_model is None:

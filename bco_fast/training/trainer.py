@@ -111,7 +111,7 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
         self.recorder.record["liger"] = replace_layers(policy, args, sharded=self.sharded)
         datasets = [*as_list(train_dataset), *as_list(eval_dataset)]
         self.layout = choose_layout(policy, args, next(iter(datasets), None), self.pad_token_id, sharded=self.sharded)
-        self._own_reference = self.objective.reference and ref_model is None
+        self._own_reference = self.objective.reference and ref_model is None and args.ref_adapter is None
         self.reference_report = FillReport(0, 0, 0, 0.0)
         self._reference = prepare_reference(self, datasets, ref_model)
 
