@@ -27,7 +27,8 @@ from ..head.roofline import CARDS, derive
 from .common import Parser, UsageError, nearest, usage_errors
 
 TURNS = 3
-FEWEST_TOKENS, MOST_TOKENS = 64, 8192
+FEWEST_TOKENS, MOST_TOKENS = 64, 1024
+DERIVED_TOKENS = 8192
 MEMORY_SHARE = 0.4  # of the free memory, for the logits of plain PyTorch
 LOGITS_COPIES = 4  # [tokens, vocabulary] float32 tensors that it holds at once
 
@@ -71,7 +72,7 @@ def compare(
     """Time and memory of both, with a frozen and with a trained head.
 
     Args:
-        tokens: completion tokens in the batch. Default: as many as `seconds` and free memory allow, at most 8192.
+        tokens: completion tokens in the batch. Default: 1024, or fewer where `seconds` or free memory do not allow it.
         seconds: for all measurements together, approximately.
         dtype: default: bfloat16 on a GPU, float32 on the CPU.
 
@@ -229,7 +230,11 @@ def bench(arguments: list[str]) -> dict:
     parser.add_argument("--model", help="folder or Hub name; only its config is read (default: Qwen2.5-0.5B's sizes)")
     parser.add_argument("--hidden", type=int, help="hidden size, without --model (default: 896)")
     parser.add_argument("--vocab", type=int, help="vocabulary size, without --model (default: 151936)")
-    parser.add_argument("--tokens", type=int, help="completion tokens of a batch (default: what the time allows)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="completion tokens of a batch (default: 1024, or what the time allows; 8192 with --derive)",
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="duration of all measurements, approximately")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, else float32"
@@ -253,7 +258,7 @@ def bench(arguments: list[str]) -> dict:
         name = "the given sizes" if options.hidden or options.vocab else "Qwen2.5-0.5B"
         size = HeadSize(name, options.hidden or 896, options.vocab or 151936)
     if options.derive is not None:
-        return derived(options.derive, size, options.tokens or MOST_TOKENS)
+        return derived(options.derive, size, options.tokens or DERIVED_TOKENS)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     found = compare(size, tokens=options.tokens, seconds=options.seconds, dtype=dtype)
     print(describe(found, size))

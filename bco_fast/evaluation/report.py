@@ -251,4 +251,4 @@ def _options(run: Run) -> str:
         f'<tr><td>{html.escape(str(name))}</td><td class="text">{html.escape(str(value))}</td></tr>'
         for name, value in {"model": run.record.get("model"), **options, **versions}.items()
     )
-    return f"<details><summary>Options and versions</summary><table>{rows}</table></details>"
+    return f'<details><summary>Options and versions</summary><div class="wide"><table>{rows}</table></div></details>'

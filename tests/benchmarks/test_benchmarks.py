@@ -154,3 +154,12 @@ def test_the_gpus_that_a_model_needs_are_those_of_the_result():
         smaller = [int(gpus) for gpus, size in row["rank_gb"].items() if size > 72]
         assert all(gpus < (row["gpus"] or 128) for gpus in smaller)
         assert row["activations_gb"] > 2e-9 * config.num_hidden_layers * config.hidden_size * sharding.CONTEXTS[row["context"]] or row["long"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pytest_takes_the_sizes_of_bench():
+    sizes = "--tokens 64 --hidden 32 --vocab 500 --benchmark-disable -q -n 0".split()  # noqa: SIM905
+    done = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", *sizes], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    assert "6 passed" in done.stdout, done.stdout
+    done = subprocess.run([sys.executable, "-m", "pytest", "benchmarks/", *sizes[2:], "--tokens", "0"], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    assert "--tokens must be at least 1, not 0" in done.stdout

@@ -297,6 +297,15 @@ def test_the_page_is_self_contained_and_its_plots_lie_beside_it(run, tmp_path, c
     assert summary["left_out"] == {}
 
 
+def test_the_page_fits_a_phone_and_follows_the_screens_colours(run, tmp_path):
+    cli.main(["report", str(run), "--output", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert 'name="viewport" content="width=device-width"' in page
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("<table") == page.count('<div class="wide"><table') == 2, "wider ones scroll by themselves"
+    assert ".wide { overflow-x: auto }" in page
+
+
 def test_the_table_says_what_the_log_says(run, paired, tmp_path):
     report = write_report([run, paired, run / "checkpoint-2"], tmp_path / "r.html")
     assert len(set(report["images"])) == len(report["images"])
