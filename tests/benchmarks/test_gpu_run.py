@@ -206,3 +206,33 @@ def test_the_gpu_tests_are_collected_without_packages_of_the_trainer(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "test_real_shapes" in run.stdout
+
+
+PROBE = """
+import gpu_probe
+gpu_probe.SHAPE, gpu_probe.WIDTHS, gpu_probe.FROZEN = (64, 48, 600, None), (61, 60, 56, 48), ((64, 96), (16, 384))
+rows = [row for name, work in gpu_probe.parts(False, "triton").items() if name != "bias" for row in work()]
+assert {row["part"] for row in rows} == {"matmul", "kernels", "frozen", "choice"}
+"""
+STEP = """
+import tempfile
+from pathlib import Path
+import long_context
+from tiny import build_tokenizer
+long_context.SHAPES["Llama-3-8B"] = long_context.SHAPES["small"]
+with tempfile.TemporaryDirectory() as folder:
+    build_tokenizer().save_pretrained(Path(folder) / "tokenizer")
+    job = {"case": "bco_fast, LoRA", "shape": "Llama-3-8B", "device": "cuda", "tokens": 64, "budget": 1 << 37}
+    long_context.trial(job, Path(folder))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [PROBE, STEP], ids=["probe", "step"])
+def test_what_says_cuda_runs_where_the_cpu_plays_the_gpu(program):
+    paths = ":".join(str(ROOT / folder) for folder in (".", "tests", "benchmarks"))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", f"import cuda_on_cpu\ncuda_on_cpu.install()\n{program}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert program == PROBE or '"fits": true' in run.stdout
