@@ -1,5 +1,6 @@
 """The smallest version of `make claims`, and docs/claims.md against its rows."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims  # noqa: E402
 import claims_page  # noqa: E402
+import claims_real  # noqa: E402
+import tiny  # noqa: E402
 from claims_world import Scale  # noqa: E402
+
+from bco_fast.models.patch import patch_model  # noqa: E402
 
 SMALLEST = Scale(2, 1, batch=4, samples=2, prompts=24, held_out=6, sums=10, evaluated=1, demonstrated=True)
 RATES = {"binary": 1e-3} | dict.fromkeys(claims.UNA, 1e-3)
@@ -42,6 +47,27 @@ def test_every_claim_is_measured():
         assert part.title in text
         for field in part.columns:
             assert any(field in row for row in made if row["claim"] == part.claim), field
+
+
+def test_real_feedback_is_measured(tmp_path):
+    """The smallest version of claims_real.py on a file in its format; its rows fill the page's section."""
+    path = tmp_path / "feedback.jsonl"
+    sides = (("chosen", True), ("rejected", False))
+    lines = [{"id": f"{n}-{side}", "prompt": p["prompt"], "completion": p[side], "label": up} for n, p in enumerate(tiny.pairs(8)) for side, up in sides]  # fmt: skip
+    tiny.write(path, [*lines, {"id": "9-1", "prompt": "a", "completion": "b", "label": False}])
+    pairs = claims_real.read_pairs(path)
+    assert pairs == tiny.pairs(8)  # a prompt without a thumbs up is left out
+    size = claims_real.Size(batch=4, max_length=64, fine_tune_steps=1, steps=4)
+    rows = list(claims_real.measure(patch_model(tiny.model()), tiny.build_tokenizer(), pairs, size, 0))
+    assert [row["method"] for row in rows] == ["fine-tuned", "BCO", "BCE", "KTO", "DPO"]
+    for row in rows[1:]:
+        assert row["kl_curve"][0] == pytest.approx(0, abs=1e-4)  # policy and reference are one model at first
+        assert abs(row["kl_curve"][-1]) > 1e-4
+    whole = [{**row, "claim": "a, real", "seed": 0, "beta": 0.1, "rate": 1e-3, **dataclasses.asdict(size)} for row in rows]  # fmt: skip
+    part = claims_page.ELSEWHERE["a"]
+    for field in part.columns:
+        assert any(field in row for row in whole), field
+    assert "One seed" in claims_page.about_real(whole)
 
 
 def test_the_page_is_that_of_its_rows():
