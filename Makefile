@@ -48,8 +48,9 @@ demo: venv
 demo-online: venv
 	for seed in 0 1 2; do $(VENV)/bin/bco-fast demo --online --seed $$seed --output_dir runs/demo-online-$$seed || exit 1; done
 
-# One worker a core with one thread each: most tests are too small to keep two threads busy.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+# One worker a core with one thread each: most tests are too small to keep two threads busy. A GPU is hidden: these tests give Triton
+# tensors of the CPU, in its interpreter; `pytest -m gpu` is for a GPU.
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 test: venv
 	$(PYTEST)
@@ -78,7 +79,7 @@ VERSIONED = tests/head tests/models/test_parameters.py tests/data/test_packing.p
 NO_META_MM = not test_compile_only and not test_the_torch_backend and not stays_within_the_promise and not never_rounded
 LEFT_OUT = $(NO_META_MM) and not best_checkpoint
 test-oldest test-cuda: test-%: venv-%
-	for tests in $(VERSIONED); do OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 --dist worksteal $$tests -k '$(if $(filter oldest,$*),$(LEFT_OUT),$(NO_META_MM))' || exit 1; done
+	for tests in $(VERSIONED); do CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 --dist worksteal $$tests -k '$(if $(filter oldest,$*),$(LEFT_OUT),$(NO_META_MM))' || exit 1; done
 	$(if $(filter cuda,$*),OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q tests/head/test_compile_only.py -m '')
 
 lint: venv
