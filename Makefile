@@ -63,7 +63,7 @@ test-all: venv
 
 # One process at a time: each test starts up to four.
 test-ranks: .venv-peers-ranks/.made
-	OMP_NUM_THREADS=1 .venv-peers-ranks/bin/python -m pytest -n 0 -m slow tests/training/test_ranks_launched.py tests/training/test_ranks_ray.py
+	OMP_NUM_THREADS=1 .venv-peers-ranks/bin/python -m pytest -n 0 -m slow tests/training/test_ranks_launched.py tests/training/test_ranks_ray.py tests/training/test_small_optimizers.py
 
 venv-oldest venv-cuda: venv-%: .venv-%/.made
 

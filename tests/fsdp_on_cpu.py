@@ -5,6 +5,7 @@ import os
 import accelerate.state
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -27,5 +28,7 @@ def install():
             and self.distributed_type == DistributedType.MULTI_CPU
         ):
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which takes a GPU
 
     accelerate.state.AcceleratorState.__init__ = with_plugin

@@ -53,7 +53,7 @@ def run(name, world, folder, *, scale=None, after=None, steps=5, **options):
     adapter = {"use_peft": True, "lora_r": 4, "lora_alpha": 8} if lora else {}
     args = config(
         Path(folder) / name, loss_type=loss_type, max_steps=steps, **({} if "tokens_per_batch" in shape else {"per_device_train_batch_size": ROWS}),
-        per_device_eval_batch_size=2, gradient_accumulation_steps=accumulation * (scale or 1), optim="sgd",
+        per_device_eval_batch_size=2, gradient_accumulation_steps=accumulation * (scale or 1), optim=os.environ.get("RANKED_OPTIM", "sgd"),
         learning_rate=0.3 if lora else 0.02, max_grad_norm=0.0, seed=3, **shape, **adapter, **OPTIONS.get(loss_type, {}),
         **options,
     )  # fmt: skip

@@ -51,10 +51,10 @@ def _environment(**more):
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def _equal_to_one(command, world, tmp_path, names, **environment):
+def _equal_to_one(command, world, tmp_path, names, limit=480, **environment):
     out = tmp_path / "small_runs"
     out.mkdir()
-    done = subprocess.run([*command, str(HERE / "ranked.py"), str(out), *names], env=_environment(**environment), capture_output=True, text=True, timeout=480)  # fmt: skip
+    done = subprocess.run([*command, str(HERE / "ranked.py"), str(out), *names], env=_environment(**environment), capture_output=True, text=True, timeout=limit)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((out / "found.json").read_text())
     for name in names:
@@ -76,6 +76,14 @@ def test_fsdp2_on_four_processes_is_one_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
+def test_fsdp2_with_its_shards_in_host_memory_is_one_process(tmp_path):
+    """With the policy of accelerate_configs/fsdp2_offload.yaml, but for pinned memory, which takes a GPU."""
+    names = ["bco-padded-1-full-21", "kto-packed-3-lora-13"]
+    _equal_to_one([*TORCHRUN, "2"], 2, tmp_path, names, FSDP_ON_CPU="1", FSDP_OFFLOAD_PARAMS="true")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_accelerate_launch_is_one_process(tmp_path):
     _equal_to_one([*ACCELERATE, "--multi_gpu", "--num_processes", "2"], 2, tmp_path, ["kto-tokens-3-lora-13"])
 
@@ -88,6 +96,17 @@ def test_deepspeed_is_one_process(tmp_path, stage):
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-ranks")
     command = [*ACCELERATE, *ZERO3, "--zero_stage", stage, "--num_processes", "2"]
     _equal_to_one(command, 2, tmp_path, SHARDED, DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # DeepSpeed compiles its optimizer at the first start
+def test_zero3_with_weights_and_optimizer_in_host_memory_is_one_process(tmp_path, monkeypatch):
+    """With accelerate_configs/zero3_offload.yaml; accelerate makes DeepSpeed's CPU Adam of any optimizer."""
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-ranks")
+    monkeypatch.setenv("RANKED_OPTIM", "adamw_torch")
+    config = HERE.parents[1] / "accelerate_configs/zero3_offload.yaml"
+    command = [*ACCELERATE, "--config_file", str(config), "--num_processes", "2"]
+    _equal_to_one(command, 2, tmp_path, ["bco-padded-1-full-21"], limit=1400, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.slow
