@@ -54,7 +54,7 @@ TABLE = {
         "tokens_per_batch": ["0"],
         "mlp_chunk_tokens": ["0"],
         "layer_chunk_tokens": ["0"],
-        "layer_checkpoints": ["0", "2 [gradient_checkpointing]"],
+        "layer_checkpoints": ["0", "2"],
         "attn_implementation": ["nope", "flash_attention_2 [flash_attn]"],
         "model_dtype": ["int8"],
         "cache_dir": ["f.jsonl", "/proc/x", "/dev/null/c"],
