@@ -65,6 +65,22 @@ def run(folder: Path, name: str, **options) -> dict:
     }
 
 
+def kto_losses(folder: Path, **options) -> dict[str, float]:
+    """Of the first step, on all rows together, by our trainer and by axolotl's own."""
+    losses = {}
+    for name, ours in (("ours", {"bco_fast": {"loss_type": "kto"}}), ("theirs", {})):
+        config = COMMON | {"base_model": str(folder / "model"), "output_dir": str(folder / name), "rl": "kto"}
+        config |= {"max_steps": 1, "micro_batch_size": 12, "remove_unused_columns": False} | ours | options
+        config["dataset_prepared_path"] = str(folder / f"{name}-prepared")
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        cfg = load_cfg(str(file))
+        _, _, trainer = train(cfg=cfg, dataset_meta=load_preference_datasets(cfg=cfg))
+        assert hasattr(trainer, "recorder") is (name == "ours")
+        (losses[name],) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     tiny.model().save_pretrained(folder / "model")
@@ -80,6 +96,7 @@ def main() -> None:
     results = {
         "bco": run(folder, "bco", rl="bco", datasets=[thumbs], rl_beta=0.2, kto_desirable_weight=2.0),
         "bco lora": run(folder, "bco-lora", rl="bco", datasets=[thumbs], **LORA),
+        "kto": kto_losses(folder, datasets=[thumbs], rl_beta=0.2, kto_desirable_weight=2.0),
         "rdpo": run(folder, "rdpo", rl="rdpo", datasets=[pairs], bco_fast={"alpha": 0.02}),
     }
     print(json.dumps(results))

@@ -15,7 +15,7 @@ PYTHON = ROOT / ".venv-peers-axolotl" / "bin" / "python"
 @pytest.fixture(scope="module")
 def results():
     if not PYTHON.exists():
-        pytest.skip("needs an environment .venv-peers-axolotl with axolotl==0.19.0 and what it pins")
+        pytest.skip("needs the environment of tests/peers/axolotl.txt: make .venv-peers-axolotl/.made")
     script = ROOT / "tests" / "integrations" / "peers_axolotl.py"
     done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=230, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -39,3 +39,10 @@ def test_options_of_the_yaml_arrive(results):
     expected = {"max_length": 64, "beta": 0.2, "desirable_weight": 2.0, "learning_rate": 0.01}
     assert {name: results["bco"]["args"][name] for name in expected} == expected
     assert results["bco"]["text"].count("</s>") <= 1
+
+
+def test_the_first_loss_of_kto_is_that_of_its_own_trainer(results):
+    """Policy and reference are one at that step, so this compares rows, class weights and the mean, but no tokens."""
+    losses = results["kto"]
+    assert losses["ours"] != 0.5  # what it would be without a class weight
+    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-6)
