@@ -393,7 +393,8 @@ def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
     from test_density_ratio import _rows
 
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("bco-fast ")]
+    lines = page.replace("\\\n", " ").splitlines()
+    commands = [line.split()[1:] for line in lines if line.startswith("bco-fast ")]
     assert {command[0] for command in commands} == {"convert", "udm"}
     hub = {"nvidia/HelpSteer2": HELPSTEER2, "HuggingFaceH4/ultrafeedback_binarized": BINARIZED}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: hub[name])
