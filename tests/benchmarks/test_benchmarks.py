@@ -60,6 +60,7 @@ def test_the_gpu_suite_runs_small_on_the_cpu(suite, tmp_path):
     assert not any(r.get("unfinished") for r in again["rows"])
 
 
+@pytest.mark.slow
 def test_a_part_over_its_time_limit_is_a_row(tmp_path):
     import argparse
 

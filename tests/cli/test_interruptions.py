@@ -72,7 +72,8 @@ def test_every_command_is_interrupted():
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_signal_is_one_line(world, monkeypatch, capfd, command, number, code, word):

@@ -73,6 +73,7 @@ def test_samples_before_during_and_after_change_nothing(tmp_path, caplog):
     assert [row["completion"] for row in rows[:3]] == [c.text for c in before]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_file(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     whole = _trainer(tmp_path / "whole", **options)

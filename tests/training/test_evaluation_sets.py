@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from small_runs import TOKENIZER, config, trainer
+from small_runs import TOKENIZER, config, slow_but, trainer
 
 from bco_fast import FeedbackTrainer
 
@@ -46,7 +46,7 @@ def test_rows_seen_late_give_the_metrics_of_rows_seen_early(tmp_path, loss_type)
     _close(_figures(late), _figures(early))
 
 
-@pytest.mark.parametrize("kept", ["adapter", "checkpoint", "ref_model"])
+@pytest.mark.parametrize("kept", slow_but(("adapter", "checkpoint", "ref_model"), fast=("adapter",)))
 def test_the_reference_is_found_again_after_training(tmp_path, kept):
     held_out = tiny.rows(9, seed=5)
 

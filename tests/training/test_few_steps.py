@@ -22,10 +22,10 @@ def _trainer(folder, loss_type="bco", **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "bnf"},
-        {"loss_type": "kto"},
+        pytest.param({"loss_type": "bnf"}, marks=pytest.mark.slow),
+        pytest.param({"loss_type": "kto"}, marks=pytest.mark.slow),
         {"loss_type": "dpo"},
-        {"batch_composition": "stratified"},
+        pytest.param({"batch_composition": "stratified"}, marks=pytest.mark.slow),
         {"tokens_per_batch": 40, "per_device_train_batch_size": 8},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
