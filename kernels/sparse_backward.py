@@ -146,10 +146,15 @@ def gathered_dweight_kernel(
     for i in range(start, stop, BLOCK_N):
         o_i = i + tl.arange(0, BLOCK_N)
         m_i = o_i < stop
-        o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
+        if SCATTERED:  # noqa: SIM108 - a branch of the compiler, not a value
+            o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
+        else:  # read when it is needed: earlier, it costs a register too many on sm_100
+            o_n = o_i
         o_z = _place(o_i, o_n, i_t, FIRST_TILE, FIRST, stride_zn, TILE, SCATTERED)
         b_dz = tl.load(dz_ptr + o_z[:, None] + o_c[None, :], mask=m_i[:, None], other=0.0)
         if HAS_WEIGHT:
+            if not SCATTERED:
+                o_n = tl.load(rows_ptr + o_i, mask=m_i, other=0)
             p_hidden = hidden_ptr + (o_n * stride_hn)[:, None] + o_d[None, :]
             b_h = tl.load(p_hidden, mask=m_i[:, None] & m_d[None, :], other=0.0)
             b_dw = tl.dot(tl.trans(b_dz), b_h, b_dw, input_precision="ieee", out_dtype=ACC)

@@ -72,6 +72,8 @@ def test_the_wheel_imports_in_a_fresh_environment(tmp_path):
         "bco_ultrafeedback.yaml",
         "--data",
         "f.jsonl",
+        "--use_cpu=true",
+        "--bf16=false",
     ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.stderr.splitlines()[-1] == "bco-fast: error: --data f.jsonl: no such file"

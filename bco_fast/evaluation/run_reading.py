@@ -70,7 +70,7 @@ class Run:
         """95 % interval of a held-out AUC; None where the number of rows of each class is unknown."""
         counts = (self.record.get("data") or {}).get("held_out")
         up, down = (counts.get(side) if isinstance(counts, dict) else None for side in ("up", "down"))
-        if not (is_finite(auc) and 0 <= auc <= 1 and is_finite(up) and is_finite(down) and min(up, down) > 0):
+        if not (is_finite(auc) and 0 <= auc <= 1 and is_finite(up) and is_finite(down) and min(up, down) >= 1):
             return None
         return auc_interval(auc, int(up), int(down))
 
