@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from common import RESULTS, ROOT
 
+from bco_fast.evaluation.sweep import interval as half_width
+
 PAGE = ROOT / "docs" / "claims.md"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""97.5 % quantile of Student's distribution, by number of seeds."""
 
 
 class Statement(NamedTuple):
@@ -213,8 +213,8 @@ def values_of(rows: Sequence[dict], claim: str, method: str, field: str) -> list
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width; infinite for a single seed."""
-    mean, n = statistics.mean(values), len(values)
-    return mean, math.inf if n < 2 else STUDENT[n] * statistics.stdev(values) / math.sqrt(n)
+    half = half_width(values)
+    return statistics.mean(values), math.inf if half is None else half
 
 
 def shown(values: Sequence[float]) -> str:

@@ -18,6 +18,15 @@ def slow_but(values, fast=FIRST):
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def command_folder(tmp_path, monkeypatch, rows):
+    """Makes tmp_path the current folder, with a model and its tokenizer, m, and so many rows of feedback, f.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model().save_pretrained("m")
+    TOKENIZER.save_pretrained("m")
+    tiny.write(tmp_path / "f.jsonl", tiny.rows(rows))
+    return tmp_path
+
+
 def config(tmp_path, **options):
     return FeedbackConfig(
         **{

@@ -28,7 +28,7 @@ from pathlib import Path
 from ..files import atomic_text
 from .common import Parser, UsageError, check_writable, nearest, usage_errors
 from .config_file import load_mapping, recipe_path
-from .run_options import way_on
+from .run_options import own_process, way_on
 
 KEYS = ("output_dir", "prepare", "sft", "align", "generate", "judge", "against")
 METRICS = {
@@ -128,9 +128,8 @@ def run_stage(stage: Stage, records: Path, launcher: Sequence[str]) -> dict:
             )
         return done["summary"]
     command = [*stage.command, *(way_on(stage.folder) if stage.folder else ())]
-    starter = [*launcher, "-m"] if launcher and stage.folder else [sys.executable, "-m"]
     print(f"[{stage.name}] bco-fast {shlex.join(command)}", file=sys.stderr, flush=True)
-    arguments = [*starter, "bco_fast.cli", *command]
+    arguments = [*own_process(launcher if stage.folder else ()), *command]
     run = subprocess.run(arguments, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the user's own experiment, no shell
     if run.returncode:
         raise UsageError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..data.sources import one_line
@@ -164,6 +165,11 @@ def resumable(config) -> Iterator[None]:
         if reason is None:
             raise
         raise UsageError(f"{reason}; mend it, then {how_to_continue(config.output_dir)}") from None
+
+
+def own_process(launcher: Sequence[str] = ()) -> list[str]:
+    """The words before a command of bco-fast that is to run in a process of its own, started by the launcher if there is one."""
+    return [*(launcher or (sys.executable,)), "-m", "bco_fast.cli"]
 
 
 def way_on(output_dir: str | Path) -> list[str]:

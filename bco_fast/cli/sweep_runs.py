@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from ..files import atomic_text
 from .common import UsageError, logger
-from .run_options import way_on
+from .run_options import own_process, way_on
 
 POLL_SECONDS = 0.1
 
@@ -97,14 +96,13 @@ class Pool:
         return leader is None or leader.has_reference
 
     def _start(self, run: SweepRun, slot: int) -> subprocess.Popen:
-        starter = [*self.launcher, "-m"] if self.launcher else [sys.executable, "-m"]
         environment = dict(os.environ)
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         gpus = [] if self.launcher else visible_gpus()
         if len(gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        command = [*starter, "bco_fast.cli", *run.command, *way_on(run.folder)]
+        command = [*own_process(self.launcher), *run.command, *way_on(run.folder)]
         with run.log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)  # noqa: S603 - the user's own options, no shell
 

@@ -152,8 +152,7 @@ class PromptSamples(TrainerCallback):
         for prompt, completion in zip(self.prompts, completions, strict=True):
             said = {"completion": completion.text, "tokens": completion.tokens, "ended": completion.ended}
             self.rows.append({"step": state.global_step, "prompt": prompt["prompt"], **said})
-            text = one_line(completion.text)
-            text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+            text = _cut(one_line(completion.text), _SHOWN)
             logger.info("sample at step %d: %s -> %s", state.global_step, last_words(prompt["prompt"]), text)
         with atomic_text(Path(trainer.args.output_dir) / SAMPLES) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
@@ -172,5 +171,8 @@ class PromptSamples(TrainerCallback):
 
 def last_words(prompt: Prompt, most: int = 80) -> str:
     """A prompt, or the last message of one, on a line."""
-    text = one_line(str(prompt[-1]["content"]) if is_chat(prompt) else prompt)
+    return _cut(one_line(str(prompt[-1]["content"]) if is_chat(prompt) else prompt), most)
+
+
+def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."

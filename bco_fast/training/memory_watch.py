@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..data.sources import one_line
 from ..models.count import Memory, checkpointed, count_step
 from ..models.memory import free_embeddings, peak_memory_mb
 from ..models.plan import GROUPS, STEP, USABLE, longest, stages
@@ -127,7 +128,7 @@ class MemoryWatch(TrainerCallback):
         try:
             self.expected = count_step(model.config, options, **batch, **_where(model, args))
         except Exception as error:  # of a stranger's model code; training does not need the count
-            logger.info("memory: not counted (%s)", " ".join(str(error).split())[:200])
+            logger.info("memory: not counted (%s)", one_line(error)[:200])
             return
         logger.info("memory: a step is expected to take %s", describe(self.expected))
 

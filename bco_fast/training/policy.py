@@ -8,6 +8,7 @@ import os
 import torch
 from torch import nn
 
+from ..data.sources import one_line
 from ..head.types import HeadStats
 from ..models.adapters import check_options
 from ..models.groups import group_layers
@@ -35,7 +36,7 @@ def tokenizer_of(model: nn.Module | str, args: FeedbackConfig):
     try:
         return load_tokenizer(path, args.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ValueError(
             f"processing_class is missing: pass the tokenizer, because {path} has none ({reason})"
         ) from None

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.dataset import FeedbackDataset
 from ..data.samplers import mismatched
+from ..data.sources import one_line
 from ..models.attention import base_attention, knows_segments, use_segments
 from ..models.load import read_weights
 from ..models.patch import patch_model
@@ -174,7 +175,7 @@ class Reference:
             try:
                 model = read_weights(path, self.trainer.args.trust_remote_code, local_files_only=True, **options)
             except (OSError, ValueError) as error:
-                reason = f"{path} cannot be loaded again ({' '.join(str(error).split())[:200]})"
+                reason = f"{path} cannot be loaded again ({one_line(error)[:200]})"
             else:
                 logger.info("reference: %s is loaded again for rows that the constructor has not seen", path)
                 model = self._ready(model)

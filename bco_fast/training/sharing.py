@@ -10,6 +10,7 @@ from torch import nn
 from ..data.batch import Layout, layout_tokens
 from ..data.dataset import Example, FeedbackDataset
 from ..data.samplers import GroupedSampler, token_batches
+from ..data.sources import one_line
 from ..models.attention import is_flash, use_segments
 from .checks import check_budget, check_layout
 from .config import FeedbackConfig
@@ -99,5 +100,5 @@ def _try(model: nn.Module, dataset: FeedbackDataset, pad_token_id: int, layout: 
         check_layout(model, dataset.examples[:3], pad_token_id, layout)
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         use_segments(model, False)
-        return " ".join(str(error).split())
+        return one_line(error)
     return None

@@ -12,7 +12,7 @@ import pytest
 import ranks
 import small_runs
 import tiny
-from small_runs import TOKENIZER
+from small_runs import command_folder
 
 from bco_fast import cli
 from bco_fast.cli.common import Terminated
@@ -27,10 +27,7 @@ ONLINE = ["online", "--model", "m", "--prompts", "p.jsonl", "--reward", "builtin
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny.model().save_pretrained("m")
-    TOKENIZER.save_pretrained("m")
-    tiny.write(tmp_path / "f.jsonl", tiny.rows(30))
+    command_folder(tmp_path, monkeypatch, 30)
     tiny.write(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in tiny.rows(4)])
     tiny.write(tmp_path / "pairs.jsonl", tiny.pairs(4))
     Path("lora").mkdir()

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from small_runs import TOKENIZER
+from small_runs import command_folder
 
 from bco_fast import cli
 from bco_fast.cli import sweep_runs
@@ -22,11 +21,7 @@ TRAIN = "--model m --data f.jsonl --cache_dir cache --max_length 32 --max_steps 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny.model().save_pretrained("m")
-    TOKENIZER.save_pretrained("m")
-    tiny.write(tmp_path / "f.jsonl", tiny.rows(24))
-    return tmp_path
+    return command_folder(tmp_path, monkeypatch, 24)
 
 
 class Process:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from small_runs import TOKENIZER
+from small_runs import command_folder
 
 from bco_fast import cli
 from bco_fast.cli.train import _drawn
@@ -16,10 +16,7 @@ RUN = "train --model m --data f.jsonl --output_dir out --cache_dir cache --max_l
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny.model().save_pretrained("m")
-    TOKENIZER.save_pretrained("m")
-    tiny.write(tmp_path / "f.jsonl", tiny.rows(60))
+    command_folder(tmp_path, monkeypatch, 60)
     tiny.write(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in tiny.rows(2)])
 
 
