@@ -173,6 +173,7 @@ def test_nothing_that_is_left_names_a_path_or_a_secret(run, model_dir):
             assert private not in text, file
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_is_ours_and_names_no_path(model_dir, tmp_path):
     pytest.importorskip("peft")
     folder = _train(model_dir, tmp_path, use_peft="true", lora_r=4, max_steps=2)
@@ -189,6 +190,7 @@ def test_the_card_of_an_adapter_is_ours_and_names_no_path(model_dir, tmp_path):
     assert 0 < record["trained_parameters"] < record["parameters"]
 
 
+@pytest.mark.slow
 def test_time_adds_up_over_a_resume(model_dir, tmp_path):
     folder = _train(model_dir, tmp_path, max_steps=4)
     record = json.loads((folder / "run.json").read_text())
@@ -271,7 +273,7 @@ def test_options_that_were_changed_are_told(tmp_path):
 # ---- the report
 
 
-def test_the_page_is_self_contained_and_its_plots_lie_beside_it(run, tmp_path, capfd):
+def test_the_page_is_self_contained_fits_a_phone_and_its_plots_lie_beside_it(run, tmp_path, capfd):
     assert cli.main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
     summary = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     text = (tmp_path / "page.html").read_text()
@@ -295,15 +297,10 @@ def test_the_page_is_self_contained_and_its_plots_lie_beside_it(run, tmp_path, c
     assert record["date"] in " ".join(page.text)
     assert page.tags.count("figcaption") >= 5
     assert summary["left_out"] == {}
-
-
-def test_the_page_fits_a_phone_and_follows_the_screens_colours(run, tmp_path):
-    cli.main(["report", str(run), "--output", str(tmp_path / "r.html")])
-    page = (tmp_path / "r.html").read_text()
-    assert 'name="viewport" content="width=device-width"' in page
-    assert "prefers-color-scheme: dark" in page
-    assert page.count("<table") == page.count('<div class="wide"><table') == 2, "wider ones scroll by themselves"
-    assert ".wide { overflow-x: auto }" in page
+    assert 'name="viewport" content="width=device-width"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<table") == text.count('<div class="wide"><table') == 2, "wider ones scroll by themselves"
+    assert ".wide { overflow-x: auto }" in text
 
 
 def test_the_table_says_what_the_log_says(run, paired, tmp_path):
@@ -426,6 +423,7 @@ def test_a_checkpoint_newer_than_the_last_end_of_the_run_is_read(run, tmp_path):
     assert max(line["step"] for line in load_run(folder).history) == 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_itself(run, tmp_path):
     report = write_report([run / "checkpoint-4"], tmp_path / "r.html")
     assert len(report["images"]) == len(PLOTS)
@@ -435,9 +433,13 @@ def test_a_checkpoint_by_itself(run, tmp_path):
     ("content", "message"),
     [
         (None, "No held_out.jsonl"),
-        ("", "no finite row"),
+        pytest.param("", "no finite row", marks=pytest.mark.slow),
         ('{"step": 1, "label": true, "reward": 1.0, "logp": -1.0, "tokens": 3}\n{"step"', "line 2"),
-        ('{"step": 1, "label": true, "reward": NaN, "logp": -1.0, "tokens": 3}\n', "no finite row"),
+        pytest.param(
+            '{"step": 1, "label": true, "reward": NaN, "logp": -1.0, "tokens": 3}\n',
+            "no finite row",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_held_out_rows_that_are_missing_or_damaged_are_left_out_and_said(run, tmp_path, content, message):
@@ -540,7 +542,7 @@ def _with_odd_values(value, rng, share):
     return value
 
 
-@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 108))])
+@pytest.mark.parametrize("seed", [*range(1), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 108))])
 def test_odd_numbers_never_end_in_a_traceback(run, tmp_path, seed):
     rng = random.Random(seed)  # noqa: S311
     share = (0.02, 0.1, 0.4)[seed % 3]

@@ -120,9 +120,7 @@ def test_a_round_is_a_feedback_file(tmp_path):
     assert {row.prompt for row in rows} <= set(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "loss_type", slow_but(["una_score", "una_reward", "bco", "kto", "bnf", "sft"], ["una_score", "kto"])
-)
+@pytest.mark.parametrize("loss_type", slow_but(["una_score", "una_reward", "bco", "kto", "bnf", "sft"], ["kto"]))
 def test_any_unpaired_objective(tmp_path, loss_type):
     trainer = _trainer(tmp_path, loss_type=loss_type, max_steps=4, reward_threshold=0.3)
     trainer.train()
@@ -279,6 +277,7 @@ def test_a_broken_reward_keeps_the_round_and_the_run(tmp_path, kind, message):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_at_once_can_be_mended(tmp_path):
     with pytest.raises(RewardError, match="checkpoint-0"):
         _trainer(tmp_path, _broken("nan")).train()
@@ -287,6 +286,7 @@ def test_a_reward_that_breaks_at_once_can_be_mended(tmp_path):
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_the_reference_of_an_adapter_is_its_base(tmp_path):
     trainer = _trainer(tmp_path, use_peft=True, lora_r=4, max_steps=2)
     assert trainer._resident is None
@@ -316,6 +316,7 @@ def test_generation_leaves_the_random_state_alone_and_hangs_on_its_seed():
     assert greedy(model, prompts, 1) == alone  # padding on the left changes nothing
 
 
+@pytest.mark.slow
 def test_scores_are_scaled(tmp_path):
     wide = lambda prompts, completions, **c: [10.0 * v - 5 for v in _reward(prompts, completions)]  # noqa: E731
     for scale in ("sigmoid", "minmax"):
@@ -411,6 +412,7 @@ def test_chats_are_rendered_as_offline_training_renders_the_round(tmp_path):
         assert example.input_ids[: example.completion_start].tolist() == row["prompt_ids"]
 
 
+@pytest.mark.slow
 def test_a_chat_round_resumes(tmp_path):
     broken = iter([math.nan, 0.25])
     reward = lambda prompts, completions, **columns: [next(broken)] + [0.5] * (len(prompts) - 1)  # noqa: E731

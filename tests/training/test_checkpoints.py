@@ -110,7 +110,7 @@ def _resume(folder, wanted, **options):
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [*DAMAGE[:4], *(pytest.param(*d, marks=pytest.mark.slow) for d in DAMAGE[4:])],
+    [*DAMAGE[:2], *(pytest.param(*d, marks=pytest.mark.slow) for d in DAMAGE[2:])],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(run, finished, name, damage):
@@ -421,6 +421,7 @@ def test_rotation_leaves_the_new_one_and_the_best(tmp_path):
     assert left() == {1, 4}
 
 
+@pytest.mark.slow
 def test_a_limit_of_one_never_leaves_less_than_one_whole_checkpoint(tmp_path, monkeypatch):
     seen = []
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from small_runs import TOKENIZER, config
+from small_runs import TOKENIZER, config, slow_but
 
 from bco_fast import FeedbackTrainer, cli
 from bco_fast.head import dispatch
@@ -72,7 +72,7 @@ def _good(folder):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("step", [5, 6])
+@pytest.mark.parametrize("step", slow_but([5, 6], (6,)))
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, unchecked, what, step):
     trainer = _trainer(tmp_path)
     _poison(trainer, step, what)
@@ -103,7 +103,7 @@ def test_on_the_cpu_the_message_is_the_same_and_comes_at_once(tmp_path):
     assert trainer.state.global_step == 4
 
 
-@pytest.mark.parametrize("loss_type", ["bco", "kto", "dpo", "bnf", "simpo"])
+@pytest.mark.parametrize("loss_type", slow_but(["bco", "kto", "dpo", "bnf", "simpo"], ("bco",)))
 def test_an_absurd_learning_rate_stops_every_objective(tmp_path, unchecked, loss_type):
     options = {"learning_rate": 1e30, "loss_type": loss_type, "logging_steps": 1, "max_grad_norm": 0.0}
     trainer = FeedbackTrainer(

@@ -114,7 +114,7 @@ def _resumed_at_every(steps, folder, run, last=STEPS):
     return expected
 
 
-@pytest.mark.parametrize("run", slow_but(RUNS, ("bco", "bco, packed by tokens", "kto, accumulated")))
+@pytest.mark.parametrize("run", slow_but(RUNS, ("bco, packed by tokens",)))
 def test_resumed_is_bitwise_the_uninterrupted_run(folder, run):
     """In the window of a log line, and at an epoch's end; 7 steps."""
     expected = _resumed_at_every((3, 5), folder, run, last=7)
@@ -190,6 +190,7 @@ def test_early_stopping_counts_on(folder):
         assert _differences(_state(whole)["parameters"], _state(resumed)["parameters"]) == []
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_too(tmp_path):
     """Its checkpoint has adapter_model.safetensors in place of the model."""
     peft = pytest.importorskip("peft")

@@ -124,7 +124,7 @@ def test_log_probabilities_and_gradients_of_every_family(family, attention, wind
     assert not knows_segments(model.config)
 
 
-@pytest.mark.parametrize("name", slow_but(OBJECTIVES))
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES, ("bco",)))
 def test_a_step_of_every_objective(tmp_path, name):
     """Loss, gradients and everything that is logged, of the same rows in the same micro-batches."""
     results = []
@@ -163,12 +163,12 @@ def test_a_step_of_every_objective(tmp_path, name):
         assert (shared_weights[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointed"])
-def test_mismatched_completions_continue_the_prompts_of_the_batch(tmp_path, options):
+@pytest.mark.parametrize("checkpointed", slow_but((False, True), (False,)))
+def test_mismatched_completions_continue_the_prompts_of_the_batch(tmp_path, checkpointed):
     rows, found = _several("kto"), []
     for apart in (True, False):
         trainer = FeedbackTrainer(
-            tiny.model(), config(tmp_path, loss_type="kto", share_prompts="true", max_steps=3, optim="sgd", learning_rate=3e-2, **options), rows, rows[:6],
+            tiny.model(), config(tmp_path, loss_type="kto", share_prompts="true", max_steps=3, optim="sgd", learning_rate=3e-2, gradient_checkpointing=checkpointed), rows, rows[:6],
             processing_class=TOKENIZER,
         )  # fmt: skip
         trainer.get_train_dataloader()

@@ -74,7 +74,9 @@ def test_delta_of_a_step_comes_from_earlier_steps(tmp_path):
     assert math.isclose(first["loss"], math.log(2), rel_tol=1e-4)  # delta was still 0
 
 
-@pytest.mark.parametrize(("size", "steps"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    ("size", "steps"), [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4), pytest.param(1, 8, marks=pytest.mark.slow)]
+)
 def test_accumulation_changes_nothing(tmp_path, size, steps):
     """1x8 = 2x4 = 8x1: parameters, δ and the logged loss."""
     results = []

@@ -101,7 +101,7 @@ OF_A_STEP = [name for name, objective in OBJECTIVES.items() if not objective.bat
 """Whose loss does not depend on how a step is split."""
 
 
-@pytest.mark.parametrize("name", slow_but(OF_A_STEP))
+@pytest.mark.parametrize("name", slow_but(OF_A_STEP, ("bco",)))
 def test_accumulation_changes_nothing(tmp_path, name):
     """8x1 = 3x3: micro-batches of 3, 3 and 2 rows make the step of 8 rows, whatever each of them holds."""
     options = {"kto": {"desirable_weight": "auto"}, "bce": {"reduction": "class_mean"}, "bco": {"reduction": "class_mean"}}  # fmt: skip
@@ -223,6 +223,7 @@ def test_balanced_training(tmp_path, loss_type):
     assert torch.allclose(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_stratified_batches_hold_both_classes_and_resume(tmp_path):
     rows = [{**row, "label": i < 10} for i, row in enumerate(tiny.rows(40))]  # class-blocked, as files often are
     options = {"batch_composition": "stratified", "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}  # fmt: skip

@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import tiny
 import torch
-from small_runs import TOKENIZER, config
+from small_runs import FIRST, TOKENIZER, config, slow_but
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,7 +70,7 @@ class Trunk(nn.Module):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(OBJECTIVES, (*FIRST, "bnf", "una_score", "aot", "simpo")))
 def test_a_step_waits_for_nothing(name, packed, tmp_path, monkeypatch):
     by_tokens = packed and not OBJECTIVES[name].batchwise
     options = {
