@@ -218,11 +218,12 @@ def run(output_dir: Path, *, seed: int = 0, max_steps: int = 400) -> dict:
     plot_shift(load_run(output_dir / "bco")).savefig(output_dir / "rewards.png", dpi=120)
     summary |= {"good_before": round(before, 4), "good_after": round(after, 4)}
     _finish(summary, start, output_dir)
+    low, high = summary["held_out_auc_95"]
     _say(
         f"\n{'held-out prompts':34}{'before':>8}{'after':>8}\n"
         f"{'completions that deserve thumbs up':34}{before:8.1%}{after:8.1%}\n"
         f"{'reward margin':34}{0:8.2f}{summary['held_out_margin']:8.2f}\n"
-        f"{'AUC of the reward':34}{0.5:8.2f}{summary['held_out_auc']:8.2f}\n\n"
+        f"{'AUC of the reward':34}{0.5:8.2f}{summary['held_out_auc']:8.2f} [{low:.2f}, {high:.2f}]\n\n"
         f"{_three(samples.rows)}\n\n"
         f"plot: {output_dir / 'rewards.png'}    feedback: {output_dir / 'feedback.jsonl'}    model: {output_dir / 'bco'}"
     )

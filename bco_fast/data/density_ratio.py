@@ -50,6 +50,9 @@ class MatchReport:
     auc: float | None
     """Of prompts against class, by regressions fitted without the prompt; 0.5: the classes share their prompts and there
     is nothing to match. None when the state was given."""
+    auc_low: float | None
+    auc_high: float | None
+    """Its 95 % interval (`losses.metrics.auc_interval`), which takes every row for a prompt of its own."""
     effective_sample_size: float
     """(Σw)² / Σw² of the thumbs down: the number of unweighted examples with the same variance."""
     effective_sample_size_all: float
@@ -230,6 +233,8 @@ def match_file(
         FeedbackError: a bad row; one class only; too few prompts; a state or embedder that does not fit.
         ValueError: bounds out of order, settings given with a state, no embedder, or output equal to data.
     """
+    from ..losses.metrics import auc_interval
+
     data, output = Path(data), Path(output)
     if not data.is_file():
         raise FeedbackError(f"{data}: no such file")
@@ -237,7 +242,6 @@ def match_file(
         raise ValueError(f"{output} is the input; write to another file")
     given = {"min_density_ratio": min_density_ratio, "max_density_ratio": max_density_ratio, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
-    auc = None
     if state is None:
         if embedder is None:
             raise ValueError("embedder is needed: tfidf, or the folder of a model")
@@ -254,8 +258,11 @@ def match_file(
         raise ValueError(f"min_density_ratio and max_density_ratio must be 0 < min <= max, not {low} and {high}")
     prompts, labels, given_weights = _read(data)
     up = np.array(labels)
+    auc = auc_low = auc_high = None
     if state is None:
         auc = ratio.fit(prompts, labels)
+        if math.isfinite(auc):
+            auc_low, auc_high = auc_interval(auc, int(up.sum()), int((~up).sum()))
     raw = ratio.ratio([prompt for prompt, label in zip(prompts, labels, strict=True) if not label])
     weights = np.array(given_weights)
     weights[~up] *= np.clip(raw, low, high)
@@ -266,6 +273,8 @@ def match_file(
         thumbs_up=int(up.sum()),
         thumbs_down=int((~up).sum()),
         auc=auc,
+        auc_low=auc_low,
+        auc_high=auc_high,
         effective_sample_size=_effective(weights[~up]),
         effective_sample_size_all=_effective(weights),
         mean_density_ratio=float(raw.mean()) if len(raw) else None,
@@ -345,7 +354,9 @@ def _read_state(path: str | os.PathLike, embedder: str | None) -> tuple[DensityR
 
 def describe(report: MatchReport) -> str:
     """The report as three lines of text."""
-    auc = "not measured" if report.auc is None else f"{report.auc:.3f} (0.5: the classes share their prompts)"
+    auc = "not measured"
+    if report.auc_low is not None:
+        auc = f"{report.auc:.3f} [{report.auc_low:.3f}, {report.auc_high:.3f}] (0.5: the classes share their prompts)"
     return (
         f"{report.rows} rows: {report.thumbs_up} up, {report.thumbs_down} down\n"
         f"AUC of prompt against class, out of fold: {auc}\n"

@@ -103,12 +103,12 @@ def check_classes(kept: Sequence[bool], lost: Mapping[bool | None, int], first: 
     for up, name in names.items():
         if not stay[up] and (gone[up] or out[up] >= _LOST_ROWS):
             raise FeedbackError(
-                f"on_bad_row=skip leaves no thumbs {name}: {gone.total()} rows are bad, the first {first}"
+                f"no thumbs {name} would be left with on_bad_row=skip: {gone.total()} rows are bad, the first {first}"
             )
     for up, name in names.items():
         if out[up] >= _LOST_ROWS and out[up] > _LOST_SHARE * (stay[up] + out[up]):
             raise FeedbackError(
-                f"on_bad_row=skip would leave out up to {out[up]} of {stay[up] + out[up]} thumbs {name}, more than a tenth: "
+                f"up to {out[up]} of {stay[up] + out[up]} thumbs {name} would be left out with on_bad_row=skip, more than a tenth: "
                 f"mend the rows, or take them out of the file. The first: {first}"
             )
 

@@ -273,7 +273,8 @@ def test_from_the_command_line(tmp_path, capsys):
     text = capsys.readouterr().out
     summary = json.loads(text.strip().splitlines()[-1])
     assert summary["rows"] == 300
-    assert 0.5 < summary["auc"] <= 1
+    assert 0.5 < summary["auc_low"] < summary["auc"] < summary["auc_high"] <= 1
+    assert f"{summary['auc']:.3f} [{summary['auc_low']:.3f}, {summary['auc_high']:.3f}]" in text
     assert "effective sample size" in text
     assert max(r["weight"] for r in _read(tmp_path / "out.jsonl")) <= 4
 

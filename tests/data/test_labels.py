@@ -67,13 +67,15 @@ def test_skipping_does_not_take_a_class_away(tmp_path):
     with pytest.raises(FeedbackError, match="labels up=VALUE,down=VALUE says what other values mean"):
         read_rows(path)
     with pytest.raises(
-        FeedbackError, match=r"on_bad_row=skip leaves no thumbs down: 10 rows are bad, the first .*f\.csv:3"
+        FeedbackError, match=r"no thumbs down would be left with on_bad_row=skip: 10 rows are bad, the first .*f\.csv:3"
     ):
         read_rows(path, on_bad_row="skip")
     rows = [{**ROW, "label": i % 2 == 0, "prompt": f"p{i}"} for i in range(60)]
     for i in range(1, 13, 2):
         rows[i]["completion"] = ""
-    with pytest.raises(FeedbackError, match="would leave out up to 6 of 30 thumbs down, more than a tenth"):
+    with pytest.raises(
+        FeedbackError, match="up to 6 of 30 thumbs down would be left out with on_bad_row=skip, more than a tenth"
+    ):
         read_rows(rows, on_bad_row="skip")
     assert len(read_rows(rows[13:] + rows[:9], on_bad_row="skip")) == 52  # 4 of 28
 
@@ -82,7 +84,7 @@ def test_truncation_does_not_take_a_class_away_either():
     rows = tiny.rows(20)
     long = [{**row, "prompt": row["prompt"] if row["label"] else " ".join([row["prompt"]] * 9)} for row in rows]
     options = {"max_length": 12, "max_prompt_length": 12}
-    with pytest.raises(FeedbackError, match="on_bad_row=skip leaves no thumbs down"):
+    with pytest.raises(FeedbackError, match="no thumbs down would be left with on_bad_row=skip"):
         load_feedback(long, TOKENIZER, on_bad_row="skip", **options)
 
 
