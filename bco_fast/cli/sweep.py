@@ -32,6 +32,8 @@ NOT_SWEPT = {
     "resume_from_checkpoint": "a sweep continues interrupted runs by itself",
     "cache_dir": "one reference serves all runs; give one folder",
 }
+_OF_A_SUM = ("loss_type", "loss_weights")
+"""Options whose value may be several words, for a sum of objectives; quoted, they are one value of the sweep."""
 _OF_THE_REFERENCE = (
     "model", "data", "eval_data", "eval_fraction", "max_samples", "max_steps", "loss_type", "pairing_ratio", "max_length",
     "max_prompt_length", "max_completion_length", "chat_template", "columns", "labels", "score_scale", "on_bad_row",
@@ -96,7 +98,8 @@ def _parse(arguments: list[str]):
         elif name in NOT_SWEPT and (name != "cache_dir" or len(values) > 1):
             raise UsageError(f"{flag}: {NOT_SWEPT[name]}")
         elif len(set(values)) < len(values):
-            raise UsageError(f"{flag} has a value twice: {' '.join(values)}")
+            hint = '; quote the weights of one sum: "1 1 0.5"' if name == "loss_weights" else ""
+            raise UsageError(f"{flag} has a value twice: {' '.join(values)}{hint}")
         else:
             swept[name] = values
     options = parser.parse_args(own)
@@ -137,7 +140,7 @@ def _config(options) -> Mapping[str, object]:
 
 def _runs(options, given: Mapping[str, list[str]], config: Mapping[str, object]) -> Iterator[SweepRun]:
     several = [name for name, values in given.items() if len(values) > 1]
-    fixed = [word for name, values in given.items() if name not in several for word in (f"--{name}", *values)]
+    fixed = [word for name, values in given.items() if name not in several for word in _words(name, *values)]
     start = () if options.config is None else ("--config", options.config)
     taken: set[str] = set()
     for values in itertools.product(*(given[name] for name in several)):
@@ -145,10 +148,16 @@ def _runs(options, given: Mapping[str, list[str]], config: Mapping[str, object])
         for seed in options.seeds:
             name = _name(setting, seed, taken)
             folder = Path(options.output_dir, name)
-            swept = [f"--{key}={value}" for key, value in setting.items()]
+            swept = [word for key, value in setting.items() for word in _words(key, value, joined=True)]
             command = ("train", *start, *fixed, *swept, "--seed", str(seed), "--output_dir", str(folder))
             reference = tuple(value for key, value in setting.items() if key in _OF_THE_REFERENCE)
             yield SweepRun(name, folder, command, setting, seed, reference, config)
+
+
+def _words(name: str, *value: str, joined: bool = False) -> Sequence[str]:
+    if name in _OF_A_SUM:
+        return (f"--{name}", *" ".join(value).split())
+    return (f"--{name}={' '.join(value)}",) if joined else (f"--{name}", *value)
 
 
 def _name(setting: Mapping[str, str], seed: int, taken: set[str]) -> str:

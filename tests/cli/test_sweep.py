@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 from small_runs import command_folder
 
 from bco_fast import cli
@@ -119,6 +120,19 @@ def test_every_setting_with_every_seed_after_the_reference(processes, capsys):
     assert "beta=0.05,seed=0 was trained with other options" in capsys.readouterr().err
 
 
+def test_quoted_words_are_one_sum_of_objectives(processes):
+    tiny.write(Path("f.jsonl"), tiny.pairs(24))
+    assert _sweep("--loss_type", "dpo", "dpo sft", "--seeds", "0") == 0
+    assert [command[-7:-4] for command in processes.started] == [
+        ["0.01", "--loss_type", "dpo"],
+        ["--loss_type", "dpo", "sft"],
+    ]
+    assert _sweep("--loss_type", "dpo sft", "--loss_weights", "1 1", "1 0.5", "--output_dir", "t", "--seeds", "0") == 0
+    assert processes.started[2][-10:-4] == ["--loss_type", "dpo", "sft", "--loss_weights", "1", "1"]
+    folders = {path.name for path in Path("t").iterdir()}
+    assert folders >= {"loss_weights=1-1,seed=0", "loss_weights=1-0.5,seed=0"}
+
+
 def test_gpus_are_dealt_out(processes, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert _sweep("--seeds", "0", "1", "2", "--jobs", "2") == 0
@@ -139,6 +153,7 @@ def test_an_interruption_lets_the_runs_save(processes, monkeypatch, capsys):
         ("--beta 0.1 -1", "--beta must be > 0"),
         ("--nope 1 2", "unknown argument '--nope=1'"),
         ("--beta 0.1 0.1", "--beta has a value twice"),
+        ("--loss_weights 1 1 0.5", 'quote the weights of one sum: "1 1 0.5"'),
         ("--beta 0.1 --beta 0.2", "--beta is given twice"),
         ("--seed 3", "--seed: use --seeds"),
         ("--resume_from_checkpoint true", "a sweep continues interrupted runs by itself"),
