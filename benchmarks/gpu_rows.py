@@ -14,7 +14,7 @@ SHAPES = ("Llama-3-8B", "Qwen3-8B")
 WHAT = {
     ("frozen", "flat"): "frozen (LoRA)",
     ("trainable", "flat"): "trained",
-    ("trainable", "peaked"): "trained, peaked logits",
+    ("trainable", "likely"): "trained, likely tokens",
 }
 OURS = ("triton", "sparse", "torch")
 SENTENCES = (

@@ -28,7 +28,7 @@ from pathlib import Path
 import long_context
 import torch
 from common import environment, interleaved, peak_rss, reset_peak_rss, save, summary, table
-from contenders import PEERS, WORKSPACE, Head, compiled, described, errors, ours, ours_sparse, plain
+from contenders import PEERS, WORKSPACE, Head, compiled, described, errors, ours, plain
 from counts import MODELS, OUR_MATMULS, head_bytes, head_flops, measured_limits, share_of_limit, slope
 
 MODES = ("frozen", "trainable", "forward")  # most users have a frozen head
@@ -41,7 +41,10 @@ SHAPES = {  # N tokens, D, V, softcap
 Liger 192 ms and 6.1 GiB, forward and backward with a trained head."""
 SMOKE = {"smoke": (96, 32, 1000, None), "smoke softcap": (96, 32, 1000, 30.0)}
 CHECKED_ROWS = 4096
-GROWTH_D = 2048
+GROWTH = (2048, 4096, 8192, 16384), (32768, 65536, 131072), 2048
+"""Numbers of tokens, vocabularies, D."""
+TOLERANCES = {"flat": (7,), "likely": (5, 9)}
+"""Of a sparse backward, as powers of 1/2. Of likely tokens they keep about 0.09 and 0.24 of the blocks: both of its ways run."""
 STEPS = [("Llama-3-8B", case, 8192) for case in ("bco_fast, LoRA", "TRL 1.16 KTOTrainer, LoRA")]
 """The reference and two optimizer steps of one row of 8192 tokens each, random weights; both compute the reference first."""
 SHARED = "Llama-3-8B", (8192, 4, 512)
@@ -65,10 +68,10 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
         found |= {f"head, {s}, {mode}": (75, functools.partial(head_part, s, shape, mode)) for s, shape in first}
         if mode == "trainable":  # where the backward may leave out what does not matter
             s, shape = first[0]
-            found[f"head, {s}, {mode}, peaked"] = 75, functools.partial(head_part, s, shape, mode, logits="peaked")
+            found[f"head, {s}, {mode}, likely"] = 75, functools.partial(head_part, s, shape, mode, logits="likely")
     found["step"] = (120, functools.partial(context_part, STEPS, "step"))
     found["shared"] = (90, functools.partial(shared_part, *SHARED))
-    found["growth"] = (60, functools.partial(growth_part, (2048, 4096, 8192, 16384), (32768, 65536, 131072), GROWTH_D))
+    found["growth"] = (60, functools.partial(growth_part, *GROWTH))
     found["context"] = (150, functools.partial(context_part, CONTEXTS, "context"))
     return found | {
         f"head, {s}, {mode}": (60, functools.partial(head_part, s, shape, mode))
@@ -103,10 +106,11 @@ def peak_bytes(step, cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def contenders(cuda: bool, mode: str) -> dict:
+def contenders(cuda: bool, mode: str, logits: str) -> dict:
     mine = {"torch": functools.partial(ours, backend="torch")}
-    if mode == "trainable":  # the only mode with something to leave out
-        mine["sparse 2^-7"] = ours_sparse
+    for power in TOLERANCES[logits] if mode == "trainable" else ():  # the only mode with something to leave out
+        backend = "triton" if cuda else "torch"
+        mine[f"sparse 2^-{power}"] = functools.partial(ours, backend=backend, sparse_tolerance=2.0**-power)
     if cuda:
         for method in ("fused", "fold"):
             mine[f"triton {method}"] = functools.partial(ours, backend="triton", method=method)
@@ -140,7 +144,7 @@ def head_part(
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
     common |= measured_limits(device, dtype, size=None if cuda else 256)
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
-    for name, make in contenders(cuda, mode).items():
+    for name, make in contenders(cuda, mode, logits).items():
         row = {**common, "case": name}
         rows.append(row)
         head.stats = None
@@ -184,7 +188,7 @@ def head_part(
 
 
 def head_parts(shape_name: str, shape: tuple, *arguments) -> list[dict]:
-    cases = [(mode, "flat") for mode in MODES] + [("trainable", "peaked")]
+    cases = [(mode, "flat") for mode in MODES] + [("trainable", "likely")]
     return [row for mode, logits in cases for row in head_part(shape_name, shape, mode, *arguments, logits=logits)]
 
 

@@ -12,7 +12,6 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PATIENCE = 5  # a test hangs if it takes this many times its limit on the clock: a loaded machine is no failure
-DEVICE = "cuda" if GPU else "cpu"
 os.fsync = lambda handle: None
 """No test cuts the power: what is synced, and in which order, is tested by its calls. Waiting for a disk took 25 s of the fast tests."""
 

@@ -11,6 +11,8 @@ import torch
 
 from bco_fast import fused_linear_logps
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 OPTIONS = {
     "plain": {},
     "everything": {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3},

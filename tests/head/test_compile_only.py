@@ -33,8 +33,9 @@ def _check(rows):
 
 
 @pytest.mark.slow
-def test_hopper():
-    rows = _report(90)
+@pytest.mark.parametrize("capability", [90, 80, 86, 89, 100, 120])
+def test_nvidia(capability):
+    rows = _report(capability)
     assert len(rows) == KERNELS
     _check(rows)
 
@@ -47,10 +48,3 @@ def test_amd_instinct():
         assert row["spill_bytes"] == 0, row
         assert row["smem_bytes"] <= row["smem_limit"], row
         assert row["matrix_core"] == row["kernel"].startswith(MULTIPLY), row
-
-
-@pytest.mark.slow
-def test_the_other_generations():
-    rows = _report(80, 86, 89, 100, 120)
-    assert len(rows) == 5 * KERNELS
-    _check(rows)

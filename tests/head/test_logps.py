@@ -5,8 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import DEVICE, GPU
-from heads import OPTIONS, Case, case, check, forced, fused_call, plain, relative_error, run
+from heads import DEVICE, GPU, OPTIONS, Case, case, check, forced, fused_call, plain, relative_error, run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
