@@ -101,7 +101,7 @@ def _cost(config, options, facts: dict) -> dict:
 
 def _print(options, facts: dict, advice, cost: dict) -> None:
     kind = "pairs" if facts["pairs"] else "rows"
-    print(f"{options.data}: {facts['rows']:,} {kind} of {facts['format']}, {facts['prompts']:,} different prompts")
+    print(f"{options.data}: {facts['rows']:,} {kind} of {facts['format']}; different prompts: {facts['prompts']:,}")
     if facts["up"] is not None:
         print(f"  thumbs up {facts['up']:,}, thumbs down {facts['down']:,} ({facts['up'] / facts['rows']:.0%} up)")
     if facts["skipped"]:

@@ -282,7 +282,8 @@ def _row(record: Mapping, where: str, needs: Needs, scale: tuple[float, float], 
         required.insert(0, "prompt")
     for name in required:
         if name not in record:
-            raise RowError(f"column {name!r} is missing (found: {shortened(found or record)})")
+            hint = f"; columns {name}=NAME says which one it is"
+            raise RowError(f"column {name!r} is missing (found: {shortened(found or record)}){hint}")
     prompt, completions = (_chat if chat else _strings)(record, names)
     if pair and completions[0] == completions[1]:
         raise RowError("chosen and rejected are the same")

@@ -88,7 +88,7 @@ BAD = {
     "nested too deep": ("[" * 100_000, "not JSON (maximum recursion depth", "labels"),
     "longer than a row may be": ('{"prompt": "' + "a" * 2000 + '"}', "longer than 0 MiB", "labels"),
     "not an object": ("[1]", "a row must be an object, not list", "labels"),
-    "no prompt": ({"completion": "a", "label": True}, "column 'prompt' is missing (found: completion, label)", "labels"),
+    "no prompt": ({"completion": "a", "label": True}, "column 'prompt' is missing (found: completion, label); columns prompt=NAME says which one it is", "labels"),
     "no completion": ({"prompt": "a", "label": True}, "column 'completion' is missing", "labels"),
     "no label": ({"prompt": "a", "completion": "b", "rating": 5}, "column 'label' is missing (found: prompt, completion, rating)", "labels"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "column 'rejected' is missing", "labels"),
