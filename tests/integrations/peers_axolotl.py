@@ -7,9 +7,16 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+os.environ |= {
+    "CUDA_VISIBLE_DEVICES": "",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "AXOLOTL_DATASET_NUM_PROC": "0",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+}
 
 import tiny
+import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
@@ -33,7 +40,7 @@ COMMON = {
     "gradient_checkpointing": False,
     "use_cpu": True,
     "special_tokens": {"pad_token": "<pad>"},
-    "dataset_num_proc": 1,
+    "dataset_num_proc": 0,
 }
 LORA = {
     "adapter": "lora",
@@ -65,20 +72,47 @@ def run(folder: Path, name: str, **options) -> dict:
     }
 
 
-def kto_losses(folder: Path, **options) -> dict[str, float]:
-    """Of the first step, on all rows together, by our trainer and by axolotl's own."""
-    losses = {}
-    for name, ours in (("ours", {"bco_fast": {"loss_type": "kto"}}), ("theirs", {})):
-        config = COMMON | {"base_model": str(folder / "model"), "output_dir": str(folder / name), "rl": "kto"}
-        config |= {"max_steps": 1, "micro_batch_size": 12, "remove_unused_columns": False} | ours | options
-        config["dataset_prepared_path"] = str(folder / f"{name}-prepared")
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config))
-        cfg = load_cfg(str(file))
-        _, _, trainer = train(cfg=cfg, dataset_meta=load_preference_datasets(cfg=cfg))
-        assert hasattr(trainer, "recorder") is (name == "ours")
-        (losses[name],) = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return losses
+def kto_step(folder: Path, name: str, **options) -> dict:
+    """One step of `rl: kto` on all rows together: its loss, the norm of its gradient, and the tokens and weights."""
+    config = COMMON | {
+        "base_model": str(folder / "model"),
+        "output_dir": str(folder / name),
+        "rl": "kto",
+        "remove_unused_columns": False,
+    }
+    config |= {"max_steps": 1, "micro_batch_size": 12, "optimizer": "sgd", "learning_rate": 8.0} | options
+    config["dataset_prepared_path"] = str(folder / f"{name}-prepared")
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    cfg = load_cfg(str(file))
+    _, _, trainer = train(cfg=cfg, dataset_meta=load_preference_datasets(cfg=cfg))
+    step = next(line for line in trainer.state.log_history if "loss" in line)
+    if ours := hasattr(trainer, "recorder"):
+        rows = [example.input_ids.tolist() for example in trainer.train_dataset.examples]
+    else:
+        rows = [row["prompt_ids"] + row["completion_ids"] for row in trainer.train_dataset]
+    return {
+        "ours": ours,
+        "loss": step["loss"],
+        "grad_norm": float(step["grad_norm"]),
+        "tokens": sorted(rows),
+        "weights": {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+    }
+
+
+def kto_step_of_both(folder: Path, **options) -> dict:
+    """The same by our trainer and by axolotl's; how far the weights lie apart, relative to what the step moved."""
+    ours = kto_step(folder, "kto-ours", bco_fast={"loss_type": "kto"}, **options)
+    theirs = kto_step(folder, "kto-theirs", **options)
+    assert ours.pop("ours")
+    assert not theirs.pop("ours")
+    weights, their_weights, start = ours.pop("weights"), theirs.pop("weights"), dict(tiny.model().named_parameters())
+    assert set(weights) == set(their_weights) == set(start)
+    apart, moved = (
+        torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
+        for x, y in ((weights, their_weights), (their_weights, start))
+    )
+    return {"ours": ours, "theirs": theirs, "apart": float(apart / moved)}
 
 
 def main() -> None:
@@ -87,6 +121,7 @@ def main() -> None:
     tiny.build_tokenizer().save_pretrained(folder / "model")
     thumbs = {"ds_type": "json", "split": "train", "type": {"field_prompt": "prompt", "field_completion": "completion"}}
     thumbs |= {"path": str(tiny.write(folder / "thumbs.jsonl", tiny.rows(12)))}
+    spaced = thumbs | {"type": thumbs["type"] | {"completion_format": " {completion}"}}
     pairs = {
         "ds_type": "json",
         "split": "train",
@@ -96,7 +131,8 @@ def main() -> None:
     results = {
         "bco": run(folder, "bco", rl="bco", datasets=[thumbs], rl_beta=0.2, kto_desirable_weight=2.0),
         "bco lora": run(folder, "bco-lora", rl="bco", datasets=[thumbs], **LORA),
-        "kto": kto_losses(folder, datasets=[thumbs], rl_beta=0.2, kto_desirable_weight=2.0),
+        "kto": kto_step_of_both(folder, datasets=[spaced], rl_beta=0.2, kto_desirable_weight=2.0),
+        "kto without a space": kto_step(folder, "kto-joined", datasets=[thumbs])["tokens"],
         "rdpo": run(folder, "rdpo", rl="rdpo", datasets=[pairs], bco_fast={"alpha": 0.02}),
     }
     print(json.dumps(results))

@@ -11,13 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-peers-axolotl" / "bin" / "python"
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+
 
 @pytest.fixture(scope="module")
 def results():
     if not PYTHON.exists():
         pytest.skip("needs the environment of tests/peers/axolotl.txt: make .venv-peers-axolotl/.made")
     script = ROOT / "tests" / "integrations" / "peers_axolotl.py"
-    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=230, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=900, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -41,8 +43,20 @@ def test_options_of_the_yaml_arrive(results):
     assert results["bco"]["text"].count("</s>") <= 1
 
 
-def test_the_first_loss_of_kto_is_that_of_its_own_trainer(results):
-    """Policy and reference are one at that step, so this compares rows, class weights and the mean, but no tokens."""
-    losses = results["kto"]
-    assert losses["ours"] != 0.5  # what it would be without a class weight
-    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-6)
+def test_one_step_of_kto_is_that_of_its_own_trainer(results):
+    """Tokens, loss, gradient and weights. Policy and reference are one at that step, so z_ref is 0 in both."""
+    kto = results["kto"]
+    assert kto["ours"]["tokens"] == kto["theirs"]["tokens"]
+    assert kto["ours"]["loss"] != 0.5  # what it would be without a class weight
+    assert kto["ours"]["loss"] == pytest.approx(kto["theirs"]["loss"], rel=1e-6)
+    assert kto["ours"]["grad_norm"] == pytest.approx(kto["theirs"]["grad_norm"], rel=1e-6)
+    assert kto["ours"]["grad_norm"] > 1  # so it was clipped
+    assert kto["apart"] < 1e-6
+
+
+def test_without_a_space_its_own_trainer_loses_the_first_word(results):
+    """It reads prompt and completion as one text, and takes the tokens after the prompt's. Ours reads them one by one."""
+    tokens, joined = results["kto"]["ours"]["tokens"], results["kto without a space"]
+    assert [len(row) for row in sorted(tokens, key=lambda row: row[:6])] == [
+        len(row) + 1 for row in sorted(joined, key=lambda row: row[:6])
+    ]
