@@ -131,7 +131,8 @@ def _print(options, facts: dict, advice, cost: dict) -> None:
     if cost["epoch_pflop"] is not None:
         parts = [("reference, once", cost["reference_pflop"]), ("an epoch", cost["epoch_pflop"])]
         for name, work in parts:
-            print(f"{name}: {work:.3g} PFLOP, {work * 10:,.0f} s where 100 TFLOP/s are sustained")
+            seconds = f"{work * 10:,.0f} s" if work >= 0.1 else "less than a second"
+            print(f"{name}: {work:.3g} PFLOP, {seconds} where 100 TFLOP/s are sustained")
     print("\nwhat fits:")
     for option, why in advice:
         print(f"  {option}\n      {why}")

@@ -45,7 +45,7 @@ def parse(arguments: list[str]):
     own.add_argument(
         "--sample_prompts",
         metavar="FILE",
-        help="prompts, 64 at most, whose completions are logged before, during and after training, as prompts of `bco-fast "
+        help="at most 64 different prompts, whose completions are logged before, during and after training, as prompts of `bco-fast "
         "generate` (default: none)",
     )
     own.add_argument("--sample_every", type=int, help="optimizer steps between samples (default: a quarter of the run)")
@@ -179,7 +179,9 @@ def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start
             samples.attach(trainer)
     with resumable(config):
         run(trainer, config.resume_from_checkpoint)
-        metrics = trainer.evaluate() if eval_dataset is not None else {}
+        evaluated = trainer.recorder.record["held_out"].get("step") == trainer.state.global_step
+        if eval_dataset is not None and (not evaluated or config.load_best_model_at_end):
+            trainer.evaluate()
         trainer.save_model(config.output_dir)
         trainer.save_state()
     report, held_out = trainer.reference_report, trainer.recorder.record["held_out"]
@@ -190,8 +192,8 @@ def run_training(model, tokenizer, config, train_dataset, eval_dataset, *, start
         "cache_computed": report.computed,
         "delta": round(trainer.delta, 4),
         "held_out_rows": 0 if eval_dataset is None else len(eval_dataset),
-        "held_out_margin": metrics.get("eval_rewards/margins"),
-        "held_out_auc": metrics.get("eval_rewards/auc"),
+        "held_out_margin": held_out.get("eval_rewards/margins"),
+        "held_out_auc": held_out.get("eval_rewards/auc"),
         "held_out_auc_95": [held_out["auc_low"], held_out["auc_high"]] if "auc_low" in held_out else None,
         "output_dir": config.output_dir,
     }

@@ -48,7 +48,7 @@ class PromptSamples(TrainerCallback):
         PromptSamples("prompts.jsonl", every=100).attach(trainer)
 
     Args:
-        prompts: what `read_prompts` takes, at most 64.
+        prompts: what `read_prompts` takes, at most 64 different ones.
         every: optimizer steps between samples; None for a quarter of the run.
         max_new_tokens: longest completion; None for 128, or half of the model's positions if that is less.
 
@@ -67,9 +67,10 @@ class PromptSamples(TrainerCallback):
         for name, value in (("sample_every", every), ("sample_tokens", max_new_tokens)):
             if value is not None and value < 1:
                 raise GenerationError(f"{name} must be at least 1, not {value}")
-        self.prompts = read_prompts(prompts)
+        # each once: in a file of feedback every completion repeats its prompt
+        self.prompts = list({json.dumps(prompt["prompt"]): prompt for prompt in read_prompts(prompts)}.values())
         if len(self.prompts) > MOST:
-            raise GenerationError(f"sample_prompts has {len(self.prompts):,} prompts; {MOST} are the most")
+            raise GenerationError(f"sample_prompts has {len(self.prompts):,} different prompts; {MOST} are the most")
         self.every, self.max_new_tokens = every, max_new_tokens
         self.rows: list[dict] = []
         self._encoded: list[list[int]] | None = None

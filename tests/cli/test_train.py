@@ -46,3 +46,28 @@ def test_a_draw_keeps_the_order_and_needs_no_seed():
     assert len(drawn) == 10
     assert drawn == sorted(drawn) == _drawn(rows, 10)
     assert _drawn(rows, 100) is rows
+
+
+def test_the_last_evaluation_is_not_repeated(world, capsys):
+    assert (
+        cli.main(
+            [
+                *RUN.split(),
+                "--max_steps",
+                "4",
+                "--eval_fraction",
+                "0.3",
+                "--eval_strategy",
+                "steps",
+                "--eval_steps",
+                "2",
+            ]
+        )
+        == 0
+    )
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    evaluations = [line for line in history if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert summary["held_out_auc"] == evaluations[-1]["eval_rewards/auc"]
+    assert summary["held_out_margin"] == evaluations[-1]["eval_rewards/margins"]

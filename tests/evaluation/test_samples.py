@@ -113,7 +113,7 @@ def test_prompts_are_read_as_the_rows_were(tmp_path, form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": [f"p {i}" for i in range(65)]}, "sample_prompts has 65 prompts; 64 are the most"),
+        ({"prompts": [f"p {i}" for i in range(65)]}, "sample_prompts has 65 different prompts; 64 are the most"),
         ({"every": 0}, "sample_every must be at least 1"),
         ({"max_new_tokens": 0}, "sample_tokens must be at least 1"),
     ],
@@ -121,6 +121,11 @@ def test_prompts_are_read_as_the_rows_were(tmp_path, form):
 def test_what_cannot_be_sampled(options, message):
     with pytest.raises(GenerationError, match=message):
         PromptSamples(**{"prompts": PROMPTS} | options)
+
+
+def test_a_prompt_is_sampled_once():
+    prompts = [{"prompt": text} for text in ("a", "b", "a")]
+    assert [prompt["prompt"] for prompt in PromptSamples(prompts).prompts] == ["a", "b"]
 
 
 def test_a_sharded_model_is_refused():
