@@ -40,7 +40,12 @@ venv-peers: $(PEERS:%=.venv-peers-%/.made)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(if $(filter llamafactory,$*),$(WITHOUT_CUDA))
 	@touch $@
+
+# LLaMA-Factory imports torchaudio, whose wheels hold libraries for CUDA's torch only; its Python code does without them.
+# torchvision does not, and is not imported.
+WITHOUT_CUDA = rm -f $(@D)/lib/python3*/site-packages/torchaudio/lib/*.so && $(@D)/bin/python -m pip uninstall --quiet --yes torchvision
 
 demo: venv
 	$(VENV)/bin/bco-fast demo --output_dir runs/demo

@@ -20,6 +20,8 @@ class FusedKTOTrainer(KTOTrainer):
             patch_model(each)
 
     def _logps(self, model, batch, prefix):  # [B], nats
+        if f"{prefix}pixel_values" in batch:
+            raise ValueError("bco_fast trains on text: leave out rows with images")
         labels = batch[f"{prefix}labels"]
         targets = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), 1)
         inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}

@@ -27,7 +27,7 @@ def test_its_own_kto_on_the_fused_head_is_the_same_over_three_steps(results):
     kto = results["kto"]
     assert kto["theirs"][0] != kto["theirs"][2]
     assert kto["fused"] == pytest.approx(kto["theirs"], rel=1e-6)
-    assert kto["apart"] < 2e-6  # of what the weights moved
+    assert kto["apart"] < 5e-6  # of what the weights moved
 
 
 @pytest.mark.parametrize("name", ["bco", "bco lora"])
