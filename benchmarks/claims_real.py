@@ -1,9 +1,10 @@
 """BCO's Fig. 3 and 4 on real feedback: rows of docs/claims.md that `make claims` keeps when the file is not at hand.
 
     python benchmarks/claims_real.py --data alpaca_eval_feedback.jsonl     about ten minutes of one core a seed; results/claims_real.json
+    make claims FEEDBACK=alpaca_eval_feedback.jsonl                        the same, two seeds at a time
 
 A Llama of 20M parameters with a BPE vocabulary of 32000 (that of train_step.py, from random weights) is fine-tuned on all
-completions of the file, up and down alike, so that the reference knows the text. Then the same pairs, each once, train BCO, BCE, KTO and DPO
+completions of the file, up and down alike, so that the reference knows the text. Then all pairs, each once, train BCO, BCE, KTO and DPO
 with BCO's β of 0.1, one learning rate and as many steps; embeddings and lm-head stay. A seed is an order of the rows, of the fine-tuning too. Nothing is tuned: the
 rates are those written here. The file has two completions of each prompt, `id` N-1 and N-2, one of them with a thumbs up.
 """
@@ -14,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import random
 import time
 from collections import defaultdict
@@ -43,10 +45,9 @@ POINTS = 15
 class Size:
     batch: int = 8
     """Completions of a step."""
-    max_length: int = 96
+    max_length: int = 72
     """Tokens of a prompt and the completion, whose end is cut."""
     fine_tune_steps: int = 80
-    steps: int = 60
 
 
 def read_pairs(path: Path) -> list[dict]:
@@ -103,18 +104,19 @@ def measure(model, tokenizer, pairs: list[dict], size: Size, seed: int) -> Itera
     scale = Scale(steps=size.fine_tune_steps, batch=size.batch)
     train(model, data, Method("sft", FINE_TUNE_RATE), scale, seed)
     model.eval()
-    reference, used = Reference(model), random.Random(seed).sample(pairs, size.steps * size.batch // 2)  # noqa: S311
+    reference, used = Reference(model), random.Random(seed).sample(pairs, len(pairs))  # noqa: S311
+    steps = math.ceil(2 * len(pairs) / size.batch)  # the last one is filled with rows of a second pass
     logps = np.concatenate(dataset(reference, tokenizer, used, "dpo", size).ref_token_logps)
-    yield {"method": "fine-tuned", "nats_per_token": -float(logps.mean())}
+    yield {"method": "fine-tuned", "steps": steps, "nats_per_token": -float(logps.mean())}
     for name, loss_type in BINARY.items():
         made = dataset(reference, tokenizer, used, loss_type, size)
-        scale = Scale(steps=size.steps, batch=size.batch)
+        scale = Scale(steps=steps, batch=size.batch)
         policy = copy.deepcopy(model)
         for part in (policy.get_input_embeddings(), policy.get_output_embeddings()):
             part.requires_grad_(False)
         log = train(policy, made, Method(loss_type, RATE, {"beta": BETA}), scale, seed)
         fields = ["kl", *{"BCO": ["error_term", "delta"], "BCE": ["error_term"], "KTO": ["z_ref"]}.get(name, [])]
-        row = {"method": name} | {field: _tail(log, field) for field in fields}
+        row = {"method": name, "steps": steps} | {field: _tail(log, field) for field in fields}
         if name == "KTO":
             row["z_ref_zero"] = _tail([{"zero": float(entry["z_ref"] == 0)} for entry in log], "zero")
         yield row | {f"{field}_curve": curve(log, field) for field in fields}

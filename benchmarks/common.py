@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import importlib.metadata as metadata
 import json
 import os
@@ -162,18 +163,23 @@ def save(name: str, rows: list[dict], *, folder: Path = RESULTS, keys: tuple[str
     """Write rows with their environment; committed files of this kind are what the README may quote.
 
     With `keys`, rows already in the file stay unless one of these has the same values there; as not all rows then are
-    of one run, each says its date, commit and processor.
+    of one run, each says its date, commit and processor. Processes may save to one file at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / f"{name}.json", environment()
     if keys:
         rows = [{**row, "measured": {k: now[k] for k in ("date", "commit", "cpu")}} for row in rows]
-        new = {tuple(row.get(k) for k in keys) for row in rows}
-        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {tuple(row.get(k) for k in keys) for row in rows}
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        earlier = json.loads(path.read_text())["rows"] if keys and path.exists() else []
         rows = [row for row in earlier if tuple(row.get(k) for k in keys) not in new] + rows
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": now, "rows": rows}, indent=1) + "\n")
-    os.replace(temporary, path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"environment": now, "rows": rows}, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        os.close(lock)
     return path
 
 

@@ -10,6 +10,9 @@ the model's mean logit on held-out prompts, `reward` the rule's share of good co
 learning rate of PPO is that of the highest model_reward among `RATES` on seed 10, after half the tokens; those of the others were found in the same way by
 online_rloo.py. beta is TRL's default, and ours the demo's. Processor time is that of one thread (OMP_NUM_THREADS=1).
 
+All three run in the environment of TRL 1.12, with the same torch and transformers: what a library imports because another
+package is installed would else be counted as a method's memory. `before_mb` is what a process holds when training begins.
+
 PPO is TRL's: one completion of a prompt, four passes over each batch, a value model that starts as the reward model. So it holds
 four models of one size and trains two; RLOO and UNA hold three and train one. `models_mb` counts their weights.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import resource
 import tempfile
 from pathlib import Path
 
@@ -146,6 +150,9 @@ def train_reward(folder: Path, seed: int) -> None:
 class Rival(Contestant):
     script, peer, shared = __file__, PEER, ("start", "prompts.json", "reward_model")
 
+    def python(self):
+        return peers_python(self.peer)
+
 
 def evaluate(folder: Path, seed: int) -> dict:
     return base.evaluate(folder, seed, model_reward=judge(folder))
@@ -219,8 +226,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.budget, options.turns = options.budget // 2, 1
     with tempfile.TemporaryDirectory() as folder:
         rows = base.measure(cases, options, Path(folder), prepare, Rival, evaluate)
+    spent = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     for row in rows:
         row["benchmark"] = name
+        row["whole_processor_s"] = round(spent)  # of the program with all its processes
         row["ms_per_token"] = round(1000 * row["processor_seconds"] / row["generated_tokens"], 3)
     print(save(name, rows, folder=options.out, keys=("case",)))
     print(table(rows, ["case", "reward_before", "reward", "model_reward", "kl", "generated_tokens", "steps", "seconds", "peak_mb", "before_mb", "models_mb"]))  # fmt: skip

@@ -205,10 +205,12 @@ class Contestant(Worker):
         folder.mkdir()
         for shared in self.shared:
             (folder / shared).symlink_to(world / shared)
-        python = sys.executable if case.loss_type else peers_python(self.peer)
         arguments = ["--worker", "--settings", json.dumps(dataclasses.asdict(case)), "--folder", folder]
         arguments += ["--seed", options.seed, "--budget", options.budget, "--turns", options.turns]
-        super().__init__(name, [python, self.script, *arguments], folder / "log", HF_HUB_OFFLINE="1")
+        super().__init__(name, [self.python(), self.script, *arguments], folder / "log", HF_HUB_OFFLINE="1")
+
+    def python(self) -> str | Path:
+        return sys.executable if self.case.loss_type else peers_python(self.peer)
 
 
 def evaluate(folder: Path, seed: int, **rewards: Callable) -> dict:

@@ -14,6 +14,10 @@ from ..tiling import accumulator_dtype
 # Below this MKL is faster, and its dot products are more accurate. The number of rows must not decide: the backward may
 # see fewer than the forward, and must round the same way.
 ONEDNN_FEWEST_COLUMNS = 16
+KEPT_PRODUCTS = 16
+"""Compiled products that oneDNN and PyTorch's binding of it keep, unless ONEDNN_PRIMITIVE_CACHE_CAPACITY or
+LRU_CACHE_CAPACITY is set. Both keep 1024 by default. A compiled product is for one shape and holds 0.5 MB and more, so
+batches whose numbers of tokens differ would collect hundreds of MB; compiling one again takes less than a millisecond."""
 
 
 @functools.cache
@@ -39,8 +43,19 @@ def _onednn_is_faster() -> bool:
     return not (torch.backends.mkl.is_available() and "GenuineIntel" in processor)
 
 
+@functools.cache
+def _chooses_onednn() -> bool:
+    chosen = _onednn_is_faster()
+    if chosen:
+        # Read at oneDNN's first product. A body in bf16 multiplies by oneDNN before the head does, so it keeps the
+        # default: its many shapes come back in every layer.
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, str(KEPT_PRODUCTS))
+    return chosen
+
+
 def uses_onednn(a: Tensor) -> bool:
-    return a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.enabled and _onednn_is_faster()
+    return a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.enabled and _chooses_onednn()
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
