@@ -123,6 +123,7 @@ claims: venv .venv-peers-trl-1.12/.made
 	$(MAKE) --no-print-directory -j 2 $(CLAIMS)
 	$(if $(FEEDBACK),,@echo 'no FEEDBACK=file: the rows on real feedback stay those of benchmarks/results/claims_real.json')
 	$(RUN) benchmarks/claims_page.py
+	$(RUN) benchmarks/publish.py
 
 claims-small:
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/claims.py

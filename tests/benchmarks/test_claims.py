@@ -57,13 +57,14 @@ def test_real_feedback_is_measured(tmp_path):
     tiny.write(path, [*lines, {"id": "9-1", "prompt": "a", "completion": "b", "label": False}])
     pairs = claims_real.read_pairs(path)
     assert pairs == tiny.pairs(8)  # a prompt without a thumbs up is left out
-    size = claims_real.Size(batch=4, max_length=64, fine_tune_steps=1, steps=4)
+    size = claims_real.Size(batch=4, max_length=64, fine_tune_steps=1)
     rows = list(claims_real.measure(patch_model(tiny.model()), tiny.build_tokenizer(), pairs, size, 0))
     assert [row["method"] for row in rows] == ["fine-tuned", "BCO", "BCE", "KTO", "DPO"]
+    assert {row["steps"] for row in rows} == {4}  # all 16 rows once
     for row in rows[1:]:
         assert row["kl_curve"][0] == pytest.approx(0, abs=1e-4)  # policy and reference are one model at first
         assert abs(row["kl_curve"][-1]) > 1e-4
-    whole = [{**row, "claim": "a, real", "seed": 0, "beta": 0.1, "rate": 1e-3, **dataclasses.asdict(size)} for row in rows]  # fmt: skip
+    whole = [{**row, "claim": "a, real", "seed": 0, "beta": 0.1, "rate": 1e-3, "pairs": 8, **dataclasses.asdict(size)} for row in rows]  # fmt: skip
     part = claims_page.ELSEWHERE["a"]
     for field in part.columns:
         assert any(field in row for row in whole), field
