@@ -13,8 +13,8 @@ help:
 	@echo 'make test      the tests (under 4 minutes on two cores)'
 	@echo 'make test-all  the tests with each matmul of the CPU, and the long proofs'
 	@echo 'make test-ranks  several processes under torchrun, accelerate, DeepSpeed and Ray'
-	@echo 'make test-oldest  the operator, models, packing, trainer and references with the oldest versions that are allowed (7.5 GB)'
-	@echo 'make test-cuda  the same and all compiled kernels with the versions of a GPU machine; no GPU needed (5 GB)'
+	@echo 'make test-oldest  the operator, models, packing, trainer, references and all compiled kernels with the oldest versions that are allowed (7.5 GB)'
+	@echo 'make test-cuda  the same with the versions of a GPU machine; no GPU needed (5 GB)'
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
 	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
@@ -85,7 +85,7 @@ NO_META_MM = not test_compile_only and not test_the_torch_backend and not stays_
 LEFT_OUT = $(NO_META_MM) and not best_checkpoint
 test-oldest test-cuda: test-%: venv-%
 	for tests in $(VERSIONED); do CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 --dist worksteal $$tests -k '$(if $(filter oldest,$*),$(LEFT_OUT),$(NO_META_MM))' || exit 1; done
-	$(if $(filter cuda,$*),OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q tests/head/test_compile_only.py -m '')
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 --dist worksteal tests/head/test_compile_only.py -m ''
 
 lint: venv
 	$(RUN) -m ruff check .
