@@ -18,6 +18,8 @@ import argparse
 import functools
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,11 +75,14 @@ def parts(smoke: bool) -> dict[str, tuple[float, functools.partial]]:
     found["shared"] = (90, functools.partial(shared_part, *SHARED))
     found["growth"] = (60, functools.partial(growth_part, *GROWTH))
     found["context"] = (150, functools.partial(context_part, CONTEXTS, "context"))
-    return found | {
-        f"head, {s}, {mode}": (60, functools.partial(head_part, s, shape, mode))
-        for s, shape in later
-        for mode in MODES[:2]
-    }
+    for s, shape in later:
+        found |= {f"head, {s}, {mode}": (60, functools.partial(head_part, s, shape, mode)) for mode in MODES[:2]}
+    for s, shape in first[:2]:  # the compiler may take minutes, and costs no other row
+        found |= {
+            f"head, {s}, {mode}, compiled": (120, functools.partial(head_part, s, shape, mode, compiling=True))
+            for mode in MODES
+        }
+    return found
 
 
 def gradient_difference(mine: dict, theirs: dict) -> dict:
@@ -115,8 +120,7 @@ def contenders(cuda: bool, mode: str, logits: str) -> dict:
         for method in ("fused", "fold"):
             mine[f"triton {method}"] = functools.partial(ours, backend="triton", method=method)
     peers = {name: make for name, make in PEERS.items() if make not in (plain, compiled)}
-    # The compiler takes minutes, so what it may cost is lost last; and it is no smoke.
-    return {"plain": plain} | mine | peers | ({"PyTorch, compiled": compiled} if cuda else {})
+    return {"plain": plain} | mine | peers
 
 
 def derived(mode: str, shape: tuple, limits: dict, kept_fraction: float | None) -> float:
@@ -134,8 +138,17 @@ def derived(mode: str, shape: tuple, limits: dict, kept_fraction: float | None) 
 
 
 def head_part(
-    shape_name: str, shape: tuple, mode: str, device: str, dtype: torch.dtype, repeats: int, *, logits: str = "flat"
+    shape_name: str,
+    shape: tuple,
+    mode: str,
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+    *,
+    logits: str = "flat",
+    compiling: bool = False,
 ) -> list[dict]:
+    """compiling: compiled PyTorch only, beside plain PyTorch, which has its row in another part."""
     cuda = device == "cuda"
     n, d, v, _ = shape
     head = Head(shape, device, dtype, logits=logits)
@@ -144,7 +157,8 @@ def head_part(
     common |= dict(zip(("N", "D", "V", "softcap"), shape, strict=True))
     common |= measured_limits(device, dtype, size=None if cuda else 256)
     cases, rows, outputs = {"matmul": lambda: head.hidden @ head.weight.T}, [], {}
-    for name, make in contenders(cuda, mode, logits).items():
+    several = {"plain": plain, "PyTorch, compiled": compiled} if compiling else contenders(cuda, mode, logits)
+    for name, make in several.items():
         row = {**common, "case": name}
         rows.append(row)
         head.stats = None
@@ -184,7 +198,7 @@ def head_part(
             row["of_matmul_rate"] = round(OUR_MATMULS[mode] * matmul / seconds, 3)
             if "plain" in times:
                 row["ratio_to_plain"] = round(row["median_s"] / max(times["plain"]["median_s"], 1e-9), 3)
-    return rows
+    return rows[1:] if compiling else rows
 
 
 def head_parts(shape_name: str, shape: tuple, *arguments) -> list[dict]:
@@ -295,12 +309,15 @@ def run_part(name: str, limit: float, options: argparse.Namespace) -> list[dict]
     answer.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--out", str(options.out), "--part", name, *["--smoke"] * options.smoke]
     failed = {"part": name, "case": "-", "shape": name, "unfinished": True}
-    try:
-        run = subprocess.run(command, timeout=limit, capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        return [{**failed, "error": f"over its limit of {limit:.0f} s"}]
-    if run.returncode:
-        return [{**failed, "error": (run.stderr.strip().splitlines() or ["no word"])[-1][:240]}]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        try:
+            _, said = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its trials, which would keep the GPU's memory
+            return [{**failed, "error": f"over its limit of {limit:.0f} s"}]
+    if process.returncode:
+        return [{**failed, "error": (said.strip().splitlines() or ["no word"])[-1][:240]}]
     rows = json.loads(answer.read_text())
     answer.unlink()
     return [{"part": name, **row} for row in rows]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def test_a_part_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capsy
     assert failed == {"part": "matmul", "case": "-", "error": "RuntimeError: no kernel image"}
     assert rest == good
     assert "no kernel image" in capsys.readouterr().out
+
+
+def test_a_part_over_its_limit_ends_with_all_it_started(monkeypatch, tmp_path):
+    """A trial that lived on would keep the GPU's memory from the parts after it."""
+    import argparse
+
+    import gpu_suite
+
+    part, trial = tmp_path / "part.sh", tmp_path / "trial"
+    part.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {trial}\nwait\n")
+    part.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(part))
+    (row,) = gpu_suite.run_part("step", 0.5, argparse.Namespace(out=tmp_path, smoke=False))
+    assert row["error"] == "over its limit of 0 s"
+    status = Path(f"/proc/{trial.read_text().strip()}/status")
+    until = time.monotonic() + 20
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < until, "it lives on"
 
 
 def test_the_commands_of_the_page_exist():
@@ -113,9 +132,10 @@ def test_every_part_of_the_suite_is_on_a_page(monkeypatch, tmp_path):
     for part in gpu_suite.parts(smoke=False):
         kind, *names = part.split(", ")
         if kind == "head":
-            shape, mode, logits = [*names, "flat"][:3]
+            shape, mode, *more = names
+            logits = "likely" if more == ["likely"] else "flat"
             head = {"benchmark": "gpu_suite", "part": part, "shape": shape, "mode": mode, "logits": logits}
-            for case in ("plain", "triton fold", "torch"):
+            for case in ["PyTorch, compiled"] if more == ["compiled"] else ["plain", "triton fold", "torch"]:
                 milliseconds += 1
                 rows.append(
                     {**head, "case": case, "median_s": milliseconds / 1e3, "derived_s": 0.0299, "extra_mb": 300.0}

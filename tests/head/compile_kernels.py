@@ -5,6 +5,7 @@ Run without TRITON_INTERPRET; no GPU is needed:
     python tests/head/compile_kernels.py 80 90 | markdown | amd
 """
 
+import inspect
 import itertools
 import json
 import re
@@ -138,7 +139,8 @@ def compile_for(capability: int, kernel, types: dict, constants: dict, config, t
 
 def resources(binary, capability: int) -> dict:
     """Registers a thread, spilled bytes, shared memory, whether a tensor-core instruction is there."""
-    tool = get_ptxas(capability).path  # the assembler that a launch would use
+    # The assembler that a launch would use; Triton 3.5 has one for all generations.
+    tool = get_ptxas(*[capability] * len(inspect.signature(get_ptxas).parameters)).path
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
