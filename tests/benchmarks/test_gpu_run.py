@@ -82,6 +82,46 @@ def test_the_commands_of_the_page_exist():
     assert max(timed) <= 8
 
 
+def test_every_planned_time_has_its_row():
+    """8192 tokens of an 8B Llama: without a gradient, frozen, trained and sparse; and the shape of trl issue 7244."""
+    import gpu_suite
+
+    parts = list(gpu_suite.parts(smoke=False))
+    assert gpu_suite.SHAPES["Llama-3-8B"] == (8192, 4096, 128256, None)
+    assert gpu_suite.SHAPES["Qwen3-8B"] == (8192, 4096, 151936, None)
+    wanted = [f"head, {shape}, {mode}" for shape in ("Llama-3-8B", "Qwen3-8B") for mode in gpu_suite.MODES]
+    assert set(wanted) | {"head, Llama-3-8B, trainable, likely", "step", "shared", "context"} <= set(parts)
+    assert parts[0] == "head, Llama-3-8B, frozen"
+    assert all("compiled" in name for name in parts[-6:]), "what may take minutes is lost last"
+    cases = gpu_suite.contenders(True, "trainable", "likely")
+    assert {"triton fused", "triton fold", "sparse 2^-5", "sparse 2^-11"} <= set(cases)
+    assert "TRL 1.16 ChunkedLogProb" in gpu_suite.contenders(True, "frozen", "flat")
+
+
+@pytest.mark.slow
+def test_likely_tokens_keep_what_both_ways_of_a_sparse_backward_are_for(monkeypatch):
+    """Of 128,256 tokens, in blocks of the Triton backend: about a tenth, and more than from where dh is one matmul."""
+    import contenders
+    import gpu_suite
+    import torch
+
+    from bco_fast.head.backends import torch as chunked
+    from bco_fast.head.backends import triton as triton_backend
+    from bco_fast.head.sparse import torch as sparse
+    from bco_fast.head.sparse import triton as sparse_triton
+    from bco_fast.kernels.configs import scattered_from
+
+    monkeypatch.setattr(chunked, "MASS_TILE", triton_backend.MASS_TILE)
+    monkeypatch.setattr(sparse, "break_even", lambda dtype: 1.1)
+    head, kept = contenders.Head((256, 1024, 128256, None), "cpu", torch.float32, logits="likely"), []
+    for power in gpu_suite.TOLERANCES["likely"]:
+        head.step(contenders.ours(head, backend="torch", sparse_tolerance=2.0**-power), "trainable")
+        kept.append(head.stats.kept_fraction)
+    low, high = kept
+    assert 0.05 < low < scattered_from(2, 4096)
+    assert scattered_from(2, 4096) < high < sparse_triton.break_even(torch.bfloat16)
+
+
 def test_a_result_of_a_gpu_gets_its_section_and_without_one_there_is_none(monkeypatch, tmp_path):
     import charts
     import publish
@@ -261,9 +301,9 @@ def test_every_part_of_the_suite_runs_where_the_cpu_plays_the_gpu(tmp_path):
     }
     ours = [row for row in rows if row["case"].startswith(("torch", "triton", "sparse"))]
     assert all(row["derived_s"] > 0 and row["same_bits"] for row in ours)
-    assert all(0 < row["rho"] < 1 for row in ours if row["case"] in ("sparse 2^-5", "sparse 2^-9"))
+    assert all(0 < row["rho"] < 1 for row in ours if row["case"] in ("sparse 2^-5", "sparse 2^-11"))
     assert {row["case"] for row in rows if row["part"] == "shared"} == {"prompt once", "prompt repeated"}
-    assert all(row["fits"] is not False and row["median_s"] > 0 for row in rows if row["part"] == "context")
+    assert all(row["median_s"] > 0 for row in rows if row["part"] == "context")
 
 
 SMALL = {
