@@ -56,7 +56,7 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
         processing_class: the tokenizer; by default that of the model's checkpoint.
         ref_model: the reference, if it is not `model` itself. It is not kept; see `references.Reference.add`.
         peft_config: a `peft` config; the model is wrapped in that adapter, and its base is the reference.
-        **kwargs: of `transformers.Trainer`.
+        **kwargs: of `transformers.Trainer`. `compute_metrics` adds to our metrics, or replaces those of its names.
 
     Raises:
         FeedbackError: a row of feedback cannot be used.
@@ -86,6 +86,7 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
         self.class_weights = _class_weights(train_dataset, args)
         self.weighting = {"reduction": args.reduction, "class_weights": self.class_weights}
         self.feedback = FeedbackState(args.new_shift(), self.objective.part_weights)
+        self._users_metrics = kwargs.pop("compute_metrics", None)
         set_seed(args.seed)  # the Trainer seeds after a new adapter, or a missing weight, has been drawn
         super().__init__(
             model=prepare_policy(model, args, peft_config, stats=self.feedback.head),
@@ -94,7 +95,7 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             data_collator=kwargs.pop("data_collator", None) or self._collate,
-            compute_metrics=kwargs.pop("compute_metrics", None) or self._eval_metrics,
+            compute_metrics=self._eval_metrics,
             **kwargs,
         )
         check_processes(args)
@@ -220,7 +221,8 @@ class FeedbackTrainer(EvaluationSets, WholeCheckpoints, Trainer):
         columns, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
         self.recorder.keep(columns, labels)
         metrics = evaluation_metrics(columns, labels, self.objective, self.settings, **self.weighting)
-        return _present(metrics | {"delta": self.delta})
+        users = {} if self._users_metrics is None else self._users_metrics(prediction)
+        return _present(metrics | {"delta": self.delta}) | users
 
     @property
     def delta(self) -> float:
