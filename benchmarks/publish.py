@@ -181,7 +181,8 @@ def context_section() -> Iterator[str]:
     yield ""
     yield (
         f"What each switch costs and leaves: a LoRA micro-batch of {switches[0]['tokens']} tokens on the CPU, processor time relative "
-        "to no switch, the switches taking turns; activations at the fullest moment, counted."
+        "to no switch, the fastest of several turns; activations at the fullest moment, counted. Host memory is the CPU's own here, "
+        "so its copies run alone; the model has four layers."
     )
     yield ""
     body = [[r["switch"], f"{r['time_ratio']:.2f}", f"{r['kb_a_token']:.1f} KB"] for r in switches]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,13 +25,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
 from ..head.tiling import CPU_TILE_BYTES
 from .attention import PREFIX
-from .groups import group_sizes
+from .groups import Lookups, group_sizes
+from .live import Live
 from .load import add_adapter
 from .memory import free_embeddings, offload_activations
 from .patch import ROWS, TARGETS, patch_model
@@ -47,69 +45,6 @@ LOW = torch.bfloat16.itemsize
 
 MOMENTS = {"sgd": 0.0, "adafactor": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0}
 """Numbers that an optimizer keeps of each trained one; two where it is not named here."""
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and the most there were in each phase.
-
-    Storages in `apart` (weights, gradients of weights, what waits in host memory) are counted by themselves.
-    """
-
-    def __init__(self, inside: Callable[[object, tuple], int] | None = None):
-        super().__init__()
-        self.inside = inside
-        self.phase, self.now = "", 0
-        self.peaks: dict[str, float] = {}
-        self.begins: dict[str, float] = {}
-        self.made: dict[str, float] = {}
-        """Gradients of weights at the end of each phase."""
-        self.host = self._gradients = 0
-        self._sizes: dict[int, int] = {}
-        self._refs: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        if self.inside is not None:
-            self._peak(self.inside(func, args))
-        return out
-
-    def enter(self, phase: str) -> None:
-        self.phase = phase
-        self.begins.setdefault(phase, self.now)
-        self.made[phase] = self._gradients
-        self._peak(0)
-
-    def leave_out(self, tensor: Tensor) -> None:
-        """Count this tensor no longer: it is a weight, its gradient, or in host memory."""
-        self._see(tensor)
-        key = tensor.untyped_storage()._cdata
-        self.now -= self._sizes[key]
-        self._sizes[key] = 0
-
-    def gradient(self, parameter: Tensor) -> None:
-        self.leave_out(parameter.grad)
-        self._gradients += parameter.grad.nbytes
-        self.made[self.phase] = self._gradients
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._refs:
-            return
-
-        def freed(_, key: int = key) -> None:
-            self.now -= self._sizes.pop(key)
-            del self._refs[key]
-
-        self._refs[key], self._sizes[key] = weakref.ref(storage, freed), storage.nbytes()
-        self.now += self._sizes[key]
-        self._peak(0)
-
-    def _peak(self, more: int) -> None:
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + more)
 
 
 @dataclass
@@ -151,6 +86,8 @@ class _Trace:
     host_layer: float = 0.0
     """Offloaded by each layer, and altogether."""
     host: float = 0.0
+    looked_up: bool = False
+    """Whether the first layer's input is what the embeddings return."""
 
 
 def count_step(config: PretrainedConfig, options: FeedbackConfig | Namespace, tokens: int, **where) -> Memory:
@@ -191,14 +128,19 @@ def count_steps(
     layers = config.get_text_config().num_hidden_layers
     made, offloaded = [], options.activation_offloading
     for most in checkpoints:
-        sizes = group_sizes(layers, most or layers, offloaded=offloaded) if checkpointed(options) else [1] * layers
-        made.append(_fullest(trace, sizes, options.gradient_accumulation_steps > 1))
+        grouped = most is not None and checkpointed(options)
+        sizes = group_sizes(layers, most, offloaded=offloaded) if grouped else [1] * layers
+        own = [min(size, most - index) if grouped and not offloaded else size for index, size in enumerate(sizes)]
+        made.append(_fullest(trace, sizes, own, grouped and trace.looked_up, options.gradient_accumulation_steps > 1))
     return made
 
 
-def _fullest(trace: _Trace, sizes: list[int], accumulated: bool) -> Memory:
-    """Of all moments of a step with groups of these sizes. In the backward of group g, g + 1 groups have kept their input,
-    and the other layers of g theirs."""
+def _fullest(trace: _Trace, sizes: list[int], own: list[int], looked_up: bool, accumulated: bool) -> Memory:
+    """Of all moments of a step with groups of these sizes. In the backward of group g, the g groups before it have kept
+    their input, and its own layers own[g] hidden states.
+
+    looked_up: the first layer's input is made again from the token ids.
+    """
     groups, layers = len(sizes), sum(sizes)
     moments = []
 
@@ -217,13 +159,13 @@ def _fullest(trace: _Trace, sizes: list[int], accumulated: bool) -> Memory:
             "checkpoints": kept * each + inner * trace.host_layer,
             name: trace.activations[phase] - in_trace * each,
         }
-        host = trace.host_moments + trace.host + (groups - LAYERS) * trace.host_layer
+        host = trace.host_moments + trace.host + (groups - LAYERS - looked_up) * trace.host_layer
         moments.append(Memory(name, parts, host))
 
     add("forward", groups - 1)
-    add("head", groups)
+    add("head", groups - looked_up)
     for index, size in enumerate(sizes):
-        add("layer 1", index + size, layers - sum(sizes[: index + 1]), size - 1)
+        add("layer 1", index + own[index] - looked_up, layers - sum(sizes[: index + 1]), size - 1)
     add("layer 0", 1, layers - LAYERS)
     add("ends", 0, layers - LAYERS)
     return max(moments, key=lambda memory: memory.total)
@@ -314,6 +256,7 @@ def _trace(config, options, tokens: int, rows: int, completion: int, device: str
         trace.kept_forward = marks["after"] - marks["between"]
         trace.kept = live.begins["layer 1"] - live.begins["layer 0"] if "layer 0" in live.begins else 0.0
         trace.host_layer, trace.host = marks["host after"] - marks["host between"], live.host
+        trace.looked_up = marks["looked up"]
     return trace
 
 
@@ -334,6 +277,7 @@ class _Offloaded(offload_activations):
 def _watch(live: Live, layers: nn.ModuleList, model: nn.Module) -> dict[str, float]:
     """Marks the phases of a step; -> bytes between the layers and after them, filled in while it runs."""
     marks: dict[str, float] = {}
+    lookups = Lookups(model)
 
     def after(index: int):
         def hook(module, args, output):
@@ -347,6 +291,7 @@ def _watch(live: Live, layers: nn.ModuleList, model: nn.Module) -> dict[str, flo
 
     def before(module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
+        marks["looked up"] = lookups.of(hidden) is not None
         if hidden.requires_grad:
             hidden.register_hook(lambda _: live.enter("ends"))
 

@@ -46,8 +46,17 @@ SWITCHES = (
     Switch(OFFLOAD, True, "copies to host memory, beside the computation"),
 )
 """In the order in which they are turned on: the cheapest of those that save much first."""
-GROUPS_COST = "up to one more forward of the layers: at most 5/4 of the time"
-"""Of the last switch, for where host memory does not hold what would be offloaded. Its value is the largest that fits."""
+MORE_FORWARDS = (
+    "nothing: the first layer's input is looked up again",
+    "up to one more forward of the layers: at most 5/4 of the time",
+    "up to two more forwards of the layers: at most 3/2 of the time",
+)
+"""The cost of the last switch, for where host memory does not hold what would be offloaded, by how often a layer runs
+forward. Its value is the largest that fits."""
+
+
+def _fewer_checkpoints(layers: int, most: int) -> Switch:
+    return Switch(GROUPS, most, MORE_FORWARDS[sum(most < fewest_checkpoints(layers, runs) for runs in (1, 2))])
 
 
 @dataclass
@@ -77,8 +86,8 @@ def with_all(options: FeedbackConfig | Namespace, *, offload: bool = True):
 
 def with_fewest_checkpoints(config: PretrainedConfig, options: FeedbackConfig | Namespace):
     """A copy of the options with every switch on but offloading, and the fewest checkpoints in its place."""
-    fewest = fewest_checkpoints(config.get_text_config().num_hidden_layers)
-    return with_switch(with_all(options, offload=False), Switch(GROUPS, fewest, GROUPS_COST))
+    layers = config.get_text_config().num_hidden_layers
+    return with_switch(with_all(options, offload=False), _fewer_checkpoints(layers, fewest_checkpoints(layers)))
 
 
 def stages(
@@ -117,10 +126,10 @@ def stages(
     ):
         return
     layers = config.get_text_config().num_hidden_layers
-    fewer = range(layers - 1, fewest_checkpoints(layers) - 1, -1)
+    fewer = range(layers, fewest_checkpoints(layers) - 1, -1)
     for most, memory in zip(fewer, count_steps(config, options, tokens, fewer, **where), strict=True):
         if memory.total <= budget or most == fewer[-1]:
-            switch = Switch(GROUPS, most, GROUPS_COST)
+            switch = _fewer_checkpoints(layers, most)
             yield Stage(switch, memory), with_switch(options, switch)
             return
 

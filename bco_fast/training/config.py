@@ -173,7 +173,7 @@ class FeedbackConfig(TrainingArguments):
     )
     layer_checkpoints: int | None = _option(
         None,
-        "Hidden states that gradient_checkpointing keeps at most; fewer than the layers cost up to one more forward. "
+        "Hidden states that gradient_checkpointing keeps at most; fewer than the layers cost up to two more forwards. "
         "Default: one for each layer.",
     )
     long_context: str = _option(

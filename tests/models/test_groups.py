@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bco_fast import FeedbackTrainer
-from bco_fast.models.count import Live
 from bco_fast.models.groups import fewest_checkpoints, group_layers, group_sizes
+from bco_fast.models.live import Live
+from bco_fast.models.memory import free_embeddings
 from bco_fast.models.tiles import tile_layers
 from bco_fast.training.values import check_others
 
@@ -22,6 +23,7 @@ def _model(dtype=torch.float32, layers=LAYERS):
     config = LlamaConfig(vocab_size=60, num_hidden_layers=layers, attention_dropout=0.1, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    free_embeddings(model)
     return model
 
 
@@ -40,23 +42,33 @@ def _peak(model, ids):
     return live.peaks["step"]
 
 
+def _kept(layers, most):
+    """Hidden states that exist at most in the backward of groups within groups, and forwards of one layer at most."""
+    if layers == 1:
+        return 1, 1
+    found = [(index, *_kept(size, most - index), size) for index, size in enumerate(group_sizes(layers, most))]
+    return max(index + kept for index, kept, _, _ in found), max(runs + (size > 1) for *_, runs, size in found)
+
+
 def test_group_sizes_cover_the_layers_and_keep_what_they_promise():
     for layers in range(1, 81):
         for most in range(fewest_checkpoints(layers), layers + 1):
             sizes = group_sizes(layers, most)
-            assert sum(sizes) == layers
+            assert (sum(sizes), len(sizes)) == (layers, most)
             assert min(sizes) >= 1
-            assert max(index + size for index, size in enumerate(sizes)) == most == len(sizes)
+            kept, runs = _kept(layers, most)
+            assert kept == most
+            assert runs == next(n for n in (1, 2, 3) if fewest_checkpoints(layers, n) <= most)
         for most in range(1, layers + 1):
             sizes = group_sizes(layers, most, offloaded=True)
             assert (sum(sizes), len(sizes)) == (layers, most)
             assert max(sizes) - min(sizes) <= 1
-    assert fewest_checkpoints(32) == 8
-    with pytest.raises(ValueError, match="at least 8 for 32 layers, not 7"):
-        group_sizes(32, 7)
+    assert [fewest_checkpoints(32, runs) for runs in (1, 2, 3)] == [32, 8, 5]
+    with pytest.raises(ValueError, match="at least 5 for 32 layers, not 4"):
+        group_sizes(32, 4)
 
 
-@pytest.mark.parametrize(("most", "offloaded"), [(4, False), (7, False), (3, True)])
+@pytest.mark.parametrize(("most", "offloaded"), [(4, False), (7, False), (3, True), (3, False), (10, False)])
 def test_groups_repeat_every_bit(most, offloaded):
     expected = _gradients(_model())
     model = _model()
@@ -69,12 +81,36 @@ def test_groups_repeat_every_bit(most, offloaded):
     assert torch.equal(without, alone)
 
 
-def test_so_many_hidden_states_exist_at_most():
+@pytest.mark.parametrize("most", [4, 3])
+def test_so_many_hidden_states_exist_at_most(most):
+    """And one fewer: the first layer's input is looked up again."""
     model, ids = _model(), IDS.repeat(1, 4)
     whole = _peak(model, ids)
-    group_layers(model, 4)
+    group_layers(model, most)
     saved = (whole - _peak(model, ids)) / (4 * ids.numel() * WIDTH)
-    assert saved == pytest.approx(LAYERS - 4, abs=0.2)
+    assert saved == pytest.approx(LAYERS - most + 1, abs=0.2)
+
+
+def test_embeddings_are_looked_up_again_unless_something_changes_them():
+    noise = torch.randn(1, TOKENS, WIDTH)
+
+    def hooked(model, change):
+        if change == "hook":
+            model.model.embed_tokens.register_forward_hook(lambda module, args, out: out + noise)
+        elif change == "in place":
+            model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+        return model
+
+    for change, lookups in ((None, 2), ("hook", 1), ("in place", 1)):
+        expected = _gradients(hooked(_model(), change))
+        model = hooked(_model(), change)
+        group_layers(model, 10)
+        embedding, calls = model.model.embed_tokens, []
+        forward = embedding.forward
+        embedding.forward = lambda ids, forward=forward, calls=calls: calls.append(ids) or forward(ids)
+        found = _gradients(model)
+        assert len(calls) == lookups, change
+        assert all(torch.equal(found[name], grad) for name, grad in expected.items()), change
 
 
 def test_a_model_that_changes_hidden_states_between_layers_is_refused():

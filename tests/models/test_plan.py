@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -65,16 +67,22 @@ def test_too_little_host_memory_makes_checkpoints_fewer(tmp_path):
     ]  # fmt: skip
     (before, _), (least, options) = made[-2:]
     hidden = 8192 * 64 * 4
-    assert (least.switch.value, options.layer_checkpoints) == (5, 5)
+    assert (least.switch.value, options.layer_checkpoints) == (4, 4)
+    assert "two more forwards" in least.switch.cost
     assert least.memory.host == 0
-    assert before.memory.total - least.memory.total == pytest.approx((12 - 5) * hidden, rel=0.02)
+    assert before.memory.total - least.memory.total == pytest.approx(
+        (12 - 4 + 1) * hidden, rel=0.02
+    )  # and the first is looked up
     *_, (stage, _) = plan.stages(config, args, 8192, least.memory.total + 3.5 * hidden, 1e6)
-    assert stage.switch.value == 8  # three more fit
+    assert stage.switch.value == 7  # three more fit
+    assert "one more forward " in stage.switch.cost
+    *_, (stage, _) = plan.stages(config, args, 8192, before.memory.total - 0.5 * hidden, 1e6)
+    assert (stage.switch.value, stage.switch.cost[:7]) == (12, "nothing")
     options.layer_checkpoints, options.activation_offloading = None, True
     whole = count_step(config, options, 8192)
     options.layer_checkpoints = 4
     fewer = count_step(config, options, 8192)
-    assert fewer.host / whole.host == pytest.approx((4 + 1) / (12 + 1), rel=0.01)  # and what follows the layers
+    assert fewer.host / whole.host == pytest.approx((4 - 1 + 1) / (12 + 1), rel=0.01)  # and what follows the layers
     assert fewer.total - whole.total == pytest.approx(2 * hidden, rel=0.1)
 
 
@@ -132,6 +140,24 @@ def test_a_run_says_what_it_expects_and_what_it_took(tmp_path, monkeypatch, capl
         small_runs.trainer(tmp_path, max_steps=2, per_device_train_batch_size=2).train()
     assert "a step is expected to take" in caplog.text
     assert "a step took" in caplog.text
+
+
+def test_log_lines_of_a_gpu_say_what_is_allocated_and_reserved(monkeypatch):
+    for name, size in (("max_memory_allocated", 3e9), ("max_memory_reserved", 4.5e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda size=size: size)
+    for kind, logged in (("cuda", {"memory/allocated_gb": 3.0, "memory/reserved_gb": 4.5}), ("cpu", {})):
+        trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(kind)))
+        assert memory_watch.MemoryWatch(trainer).log() == logged
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="expandable segments exist on Linux only")
+def test_segments_of_the_gpus_memory_expand_unless_the_variable_says_otherwise(monkeypatch, capsys):
+    for given, wanted in (("", "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+        if not given:
+            monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+        assert main(["train", "--help"]) == 0
+        assert os.environ["PYTORCH_ALLOC_CONF"] == wanted
 
 
 def test_out_of_memory_ends_with_advice(tmp_path, monkeypatch):
