@@ -301,7 +301,8 @@ def test_every_part_of_the_suite_runs_where_the_cpu_plays_the_gpu(tmp_path):
     }
     ours = [row for row in rows if row["case"].startswith(("torch", "triton", "sparse"))]
     assert all(row["derived_s"] > 0 and row["same_bits"] for row in ours)
-    assert all(0 < row["rho"] < 1 for row in ours if row["case"] in ("sparse 2^-5", "sparse 2^-11"))
+    (few,) = (row for row in ours if row["case"] == "sparse 2^-5")
+    assert 0 < few["rho"] < 1
     assert {row["case"] for row in rows if row["part"] == "shared"} == {"prompt once", "prompt repeated"}
     assert all(row["median_s"] > 0 for row in rows if row["part"] == "context")
 
