@@ -18,7 +18,7 @@ help:
 	@echo 'make lint      ruff'
 	@echo 'make bench     the figures of the README on this machine, into benchmarks/results/'
 	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
-	@echo 'make claims    what the papers claim, on a small model: docs/claims.md (about ten minutes)'
+	@echo 'make claims    what the papers claim, on a small model and, with FEEDBACK=file, on real text: docs/claims.md (under 30 minutes)'
 	@echo 'make docs      the documentation site, into build/site'
 	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
 

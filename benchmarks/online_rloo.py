@@ -100,7 +100,7 @@ def ours(case: Case, folder: Path, seed: int, count, reward=None, **options):
         samples_per_prompt=PER_PROMPT,
         steps_per_round=case.steps_per_round,
         generation_batch_size=256,
-        per_device_eval_batch_size=512,
+        per_device_eval_batch_size=STEP_COMPLETIONS,  # of the reference too: as large as in TRL
         **options,
     )
     trainer = OnlineFeedbackTrainer(
