@@ -1,13 +1,15 @@
 """bco_fast's head inside TRL 1.16's own trainers: processor time, losses and gradients of LoRA steps.
 
-    make venv-peers && OMP_NUM_THREADS=1 python benchmarks/trl_heads.py [--rows 2 --tokens 64]      results/trl_heads.json
+    make venv-peers && OMP_NUM_THREADS=1 python benchmarks/trl_heads.py [--rows 2 --tokens 64] [--parts error]
+        results/trl_heads.json
 
 The shape is Qwen2.5-0.5B's (494M parameters, V = 151936, tied), with random weights, float32, LoRA of rank 8 on all
 projections, random tokens, half of each row prompt. The part "head" is forward and backward of the operator alone, with a
 frozen weight. The part "step" is a whole step of KTOTrainer or DPOTrainer, reference included: as TRL makes it, after
 `use_fused_head`, and of `FeedbackKTOTrainer`. Times are processor seconds of one process, medians without the first step.
 Losses and gradients of three steps are compared with TRL's: the largest difference of a loss, and the largest norm of a
-difference of gradients as a share of the gradient's norm.
+difference of gradients as a share of the gradient's norm. The part "error" makes the first of these steps in float64 too,
+with all logits at once, and says how far each program is from that: whose rounding the difference is.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ QWEN = {
     "max_position_embeddings": 4096,
 }
 STEPS = 3
-THEIRS, FUSED, FEEDBACK = "TRL 1.16", "use_fused_head", "FeedbackKTOTrainer"
+THEIRS, FUSED, FEEDBACK, TRUTH = "TRL 1.16", "use_fused_head", "FeedbackKTOTrainer", "float64"
 CASES = {"kto": (THEIRS, FUSED, FEEDBACK), "dpo": (THEIRS, FUSED)}
 ROWS_OF_HEAD = 256
+PARTS = ("head", "step", "error")
 
 
 # ---- in TRL's environment
@@ -81,11 +84,12 @@ def rows_of(kind: str, rows: int, tokens: int) -> list[dict]:
     return made
 
 
-def step(kind: str, case: str, rows: int, tokens: int, folder: Path) -> dict:
+def step(kind: str, case: str, rows: int, tokens: int, folder: Path, steps: int = STEPS) -> dict:
     """Train; -> processor seconds of each step and its loss. Gradients go to a file."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     from bco_fast.cli.demo import build_tokenizer
@@ -121,7 +125,7 @@ def step(kind: str, case: str, rows: int, tokens: int, folder: Path) -> dict:
     trainer = Measured(
         model,
         args=config(
-            str(folder / "out"), per_device_train_batch_size=rows, max_steps=STEPS, learning_rate=1e-3, optim="sgd", seed=0,
+            str(folder / "out"), per_device_train_batch_size=rows, max_steps=steps, learning_rate=1e-3, optim="sgd", seed=0,
             max_length=tokens * 2, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
             save_strategy="no", logging_steps=1, max_grad_norm=0.0, train_sampling_strategy="sequential",
         ),
@@ -130,11 +134,22 @@ def step(kind: str, case: str, rows: int, tokens: int, folder: Path) -> dict:
     )  # fmt: skip
     if case == FUSED:
         use_fused_head(trainer)
+    if case == TRUTH:
+        trainer.model.double()
+        Qwen2RMSNorm.forward = _norm
+        use_fused_head(trainer, backend="reference")
     trainer.add_callback(Watch())
     trainer.train()
     torch.save(gradients, folder / f"{kind}-{case}.pt")
+    if steps == 1:
+        return {"losses": losses}
     seconds = [after - before for before, after in zip(clock[::2], clock[1::2], strict=True)]
     return {"seconds": median(seconds[1:]), "losses": losses}
+
+
+def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    """Qwen2's, which rounds to float32 whatever it is given."""
+    return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 # ---- in the parent
@@ -145,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows or pairs of a step")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row, half of them prompt")
     parser.add_argument("--turns", type=int, default=5, help="of the operator alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="rows of the others stay as they are")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -153,7 +169,7 @@ def main() -> None:
         if part == "head":
             say(head(getattr(torch, names[0]), options.turns))
         else:
-            say(step(*names, options.rows, options.tokens, Path(folder)))
+            say(step(*names, options.rows, options.tokens, Path(folder), 1 if part == "error" else STEPS))
         return
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,18 +185,27 @@ def main() -> None:
             finally:
                 worker.stop()
 
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16") if "head" in options.parts else ():
             found = ask("head", dtype)
             rows += [_row("head", f"frozen, {dtype}", name, found, N=ROWS_OF_HEAD) for name in found]
-        for kind, cases in CASES.items():
+        for kind, cases in CASES.items() if "step" in options.parts else ():
             found = {case: ask("step", kind, case) for case in cases}
             seconds = {case: each["seconds"] for case, each in found.items()}
             for case in cases:
                 apart = _apart(folder, kind, case, found)
                 sizes = {"rows": options.rows, "tokens": options.tokens}
                 rows.append(_row("step", f"{kind}, LoRA", case, seconds, **sizes) | apart)
-    print(table(rows, ["case", "processor_s", "ratio_to_trl", "loss_apart", "gradient_apart"]), file=sys.stderr)
-    print(save("trl_heads", rows))
+        for kind, cases in CASES.items() if "error" in options.parts else ():
+            found = {case: ask("error", kind, case) for case in (*cases, TRUTH)}
+            for case in cases:
+                loss, gradient = _apart(folder, kind, case, found, TRUTH).values()
+                sizes = {"rows": options.rows, "tokens": options.tokens, "loss_error": loss, "gradient_error": gradient}
+                rows.append(
+                    {"benchmark": "trl_heads", "part": "error", "case": f"error, {kind}, LoRA, {case}", **sizes}
+                )
+    columns = ["processor_s", "ratio_to_trl", "loss_apart", "gradient_apart", "loss_error", "gradient_error"]
+    print(table(rows, ["case", *columns]), file=sys.stderr)
+    print(save("trl_heads", rows, keys=() if set(options.parts) == set(PARTS) else ("case",)))
 
 
 def _row(part: str, what: str, name: str, seconds: dict[str, float], **sizes) -> dict:
@@ -190,10 +215,10 @@ def _row(part: str, what: str, name: str, seconds: dict[str, float], **sizes) ->
     return {"benchmark": "trl_heads", "part": part, "case": f"{part}, {what}, {name}", **shape, **times}
 
 
-def _apart(folder: Path, kind: str, case: str, found: dict[str, dict]) -> dict:
-    """How far losses and gradients are from TRL's."""
-    theirs, ours = (torch.load(folder / f"{kind}-{name}.pt") for name in (THEIRS, case))
-    losses = zip(found[THEIRS]["losses"], found[case]["losses"], strict=True)
+def _apart(folder: Path, kind: str, case: str, found: dict[str, dict], other: str = THEIRS) -> dict:
+    """How far losses and gradients are from another's."""
+    theirs, ours = ([g.double() for g in torch.load(folder / f"{kind}-{name}.pt")] for name in (other, case))
+    losses = zip(found[other]["losses"], found[case]["losses"], strict=True)
     return {
         "loss_apart": max(abs(a - b) for a, b in losses),
         "gradient_apart": max(float((a - b).norm() / a.norm()) for a, b in zip(theirs, ours, strict=True)),
