@@ -175,7 +175,7 @@ ELSEWHERE = {
         "saw. The paper: UNA is better than RLHF, and takes 3.5 h where PPO takes 8 h, with less memory, as it trains no value model.",
         {
             "good": "good completions", "model_reward": "reward model", "kl": "KL, nats", "ms_per_token": "processor ms a token",
-            "peak_mb": "peak, MB", "grown_mb": "of it in training", "models_mb": "weights of all models",
+            "peak_mb": "peak, MB", "grown_mb": "over what it held before training", "models_mb": "weights of all models",
         },
         (
             Statement("UNA's completions are better than PPO's", "good", "bco_fast una_score", "TRL 1.12 PPO"),
@@ -183,6 +183,8 @@ ELSEWHERE = {
             Statement("UNA takes less processor time than PPO", "ms_per_token", "TRL 1.12 PPO", "bco_fast una_score"),
             Statement("UNA takes less processor time than RLOO", "ms_per_token", "TRL 1.12 RLOO", "bco_fast una_score"),
             Statement("UNA's peak memory is lower than PPO's", "peak_mb", "TRL 1.12 PPO", "bco_fast una_score"),
+            Statement("UNA's training adds less memory than PPO's", "grown_mb", "TRL 1.12 PPO", "bco_fast una_score"),
+            Statement("UNA's training adds less memory than RLOO's", "grown_mb", "TRL 1.12 RLOO", "bco_fast una_score"),
             Statement("The models in memory are smaller than PPO's", "models_mb", "TRL 1.12 PPO", "bco_fast una_score"),
         ),
     ),
@@ -263,7 +265,8 @@ def about_real(rows: Sequence[dict]) -> str:
     return (
         f"The model is fine-tuned on the text for {row['fine_tune_steps']} steps from random weights, after which a token costs "
         f"{nats:.1f} nats, then trained for "
-        f"{row['steps']} steps of {row['batch']} completions, each of {row['steps'] * row['batch'] // 2} pairs once, with β "
+        f"{row['steps']} steps of {row['batch']} completions, each of {min(row['steps'] * row['batch'] // 2, row['pairs'])} of the "
+        f"{row['pairs']} pairs once, with β "
         f"{row['beta']:g}, a learning rate of {row['rate']:g}, and embeddings and lm-head as they are; rows are cut to "
         f"{row['max_length']} tokens. Nothing was tuned. Such a model writes no sense, so only the curves are compared: error term, δ, "
         "KL and z_ref are means over the last quarter of the steps."
@@ -307,8 +310,13 @@ def about_online(rows: Sequence[dict]) -> str:
         f"Each generates {tokens // 1000},000 tokens or a round more, {rows[0]['completions_per_step']} completions a step, and "
         f"{good:.3f} of the completions are good before. PPO makes four passes over each step's samples and trains a value model; UNA "
         f"and RLOO see each sample once. Learning rates: {rates} (PPO's is the best of three on seed 10, the others' those of "
-        "`online_rloo.py`)."
+        "`online_rloo.py`). All run in one environment with one thread; peak memory is of the process, and most of it are libraries."
     )
+
+
+def _seconds(rows: Sequence[dict], field: str) -> float:
+    """Of all seeds: the largest value of a seed's rows is that of all of them."""
+    return sum(max(row[field] for row in rows if row["seed"] == seed) for seed in {row["seed"] for row in rows})
 
 
 def page(rows: Sequence[dict], real: Sequence[dict] = (), online: Sequence[dict] = ()) -> str:
@@ -319,10 +327,14 @@ def page(rows: Sequence[dict], real: Sequence[dict] = (), online: Sequence[dict]
     said = f"{start['good']} of the completions are good, their mean score is {start['score']}, and {start['sums']} of the sums are right"
     head = HEAD.format(parameters="two layers of 64 dimensions", seeds=", ".join(map(str, seeds)), start=said)
     rates = ", ".join(f"{name}: {rate:g}" for name, rate in settings["rates"].items() if name != "binary")
+    spent = [(f"on one small model {settings['processor_s'] / 60:.0f}", True)]
+    spent += [(f"on real feedback {_seconds(real, 'processor_s') / 60:.0f}", real)]
+    spent += [(f"online {_seconds(online, 'whole_processor_s') / 60:.0f}", online)]
+    times = ", ".join(text for text, there in spent if there)
     tail = (
         f"\nSettings: {settings['scale']['steps']} steps of {settings['scale']['batch']} completions, AdamW, linear schedule; learning "
-        f"rate {settings['rates']['binary']:g} of 3e-4, 1e-3 and 3e-3, in UNA's tables {rates}. β is 0.5 unless a row says otherwise. Measured in "
-        f"{settings['processor_s'] / 60:.0f} minutes of processor time on one thread.\n"
+        f"rate {settings['rates']['binary']:g} of 3e-4, 1e-3 and 3e-3, in UNA's tables {rates}. β is 0.5 unless a row says otherwise. Minutes of processor "
+        f"time: {times}. `make claims` runs two programs at a time, one thread each.\n"
     )
     told = {"a": real and about_real(real), "e": online and about_online(online)}
     others = {"a": [row for row in real if "kl" in row], "e": online_rows(online)}

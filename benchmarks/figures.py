@@ -155,9 +155,9 @@ def rloo_row(method: str, name: str, setting: str) -> tuple[str, list[Cell]]:
 def ppo_row(method: str, name: str, rate: str) -> tuple[str, list[Cell]]:
     seeds = [f"{method}, seed {seed}" for seed in range(3)]
     thrice = "{} · {} · {}"
-    text = f"| {name} | {rate} | {thrice} | {thrice} | {thrice} | {{}} ms | {{}} MB | {{}} MB |"
+    text = f"| {name} | {rate} | {thrice} | {thrice} | {thrice} | {{}} ms | {{}} MB | {{}} MB | {{}} MB |"
     places = [f"{seed}: {field}" for field in ("reward", "model_reward", "kl") for seed in seeds]
-    return text, cells("online_ppo", *places, *(f"{seeds[2]}: {field}" for field in ("ms_per_token", "peak_mb", "models_mb")))  # fmt: skip
+    return text, cells("online_ppo", *places, *(f"{seeds[2]}: {field}" for field in ("ms_per_token", "before_mb", "peak_mb", "models_mb")))  # fmt: skip
 
 
 ONLINE: Rules = [
