@@ -151,7 +151,8 @@ def context_section() -> Iterator[str]:
     yield (
         f"Two optimizer steps on one sequence, a Llama with {shape['parameters'] / 1e6:.0f}M parameters, V = {shape['V']}, "
         f"float32, within {shape['budget_mb']:.0f} MB of resident memory; {ran_on(measured)}. The prediction counts bytes at "
-        "the length that was found."
+        "the length that was found. bco_fast ran with the switches of its row in `long_context.json`; full training with "
+        "`BCO_FAST_CPU_MATMUL=mkl`, since oneDNN keeps compiled products."
     )
     yield ""
 
