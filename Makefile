@@ -3,9 +3,10 @@ VENV := .venv
 PINS := $(shell cat constraints.txt pyproject.toml setup.py | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.pins-$(PINS)
 RUN := $(VENV)/bin/python
-PEERS := $(basename $(notdir $(wildcard tests/peers/*.txt)))
+PEERS := kernels trl-1.12 trl-1.16
+HOSTS := axolotl gpu llamafactory ms-swift trl-1.16
 
-.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-oldest test-cuda lint bench claims help-pages docs clean
+.PHONY: help venv venv-peers venv-oldest venv-cuda demo demo-online test test-all test-ranks test-hosts test-oldest test-cuda lint bench claims help-pages docs clean
 
 help:
 	@echo 'make demo      align a small model from thumbs up and down (no download of models, about 2 minutes)'
@@ -20,7 +21,8 @@ help:
 	@echo 'make bench-peers  the same against TRL and the rest, growth, long context and the charts (about two hours)'
 	@echo 'make claims    what the papers claim, on a small model and, with FEEDBACK=file, on real text: docs/claims.md (under 30 minutes)'
 	@echo 'make docs      the documentation site, into build/site'
-	@echo 'make venv-peers  one environment per peer version, to record golden values and to measure against (1.7 GB each)'
+	@echo 'make test-hosts  bco_fast inside axolotl, LLaMA-Factory, ms-swift and TRL, and with Liger and the Hub, an environment each (15 GB)'
+	@echo 'make venv-peers  environments of two versions of TRL and of other heads, to record golden values and to measure against (1.7 GB each)'
 
 venv: $(STAMP)
 
@@ -69,6 +71,10 @@ test-all: venv
 # One process at a time: each test starts up to four.
 test-ranks: .venv-peers-ranks/.made
 	OMP_NUM_THREADS=1 .venv-peers-ranks/bin/python -m pytest -n 0 -m slow tests/training/test_ranks_launched.py tests/training/test_ranks_ray.py tests/training/test_small_optimizers.py
+
+test-hosts: venv $(HOSTS:%=.venv-peers-%/.made)
+	OMP_NUM_THREADS=1 .venv-peers-gpu/bin/python -m pytest -n 0 -m '' tests/integrations/test_hub.py tests/models/test_liger.py tests/models/test_flash_attention.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 0 -m '' tests/integrations
 
 venv-oldest venv-cuda: venv-%: .venv-%/.made
 

@@ -85,11 +85,11 @@ README: Rules = [
     ),
     ("The demo itself takes {} s on two CPU cores", cells("demo", "seed 0: seconds")),
     (
-        "completions that deserve thumbs up {}% {}% reward margin 0.00 {} AUC of the reward 0.50 {}",
+        "completions that deserve thumbs up {}% {}% reward margin 0.00 {} AUC of the reward 0.50 {} [{}, {}]",
         [
             Cell("demo", "seed 0", "good_before", scale=100),
             Cell("demo", "seed 0", "good_after", scale=100),
-            *cells("demo", "seed 0: held_out_margin", "seed 0: held_out_auc"),
+            *cells("demo", "seed 0: held_out_margin", "seed 0: held_out_auc", "seed 0: auc_low", "seed 0: auc_high"),
         ],
     ),
     (
