@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_our_side_runs_with_a_reward_model(tmp_path, monkeypatch):
         AutoTokenizer.from_pretrained(folder / "start").save_pretrained(folder / "reward_model")
         return online_ppo.evaluate(folder, seed)
 
+    monkeypatch.setattr(online_ppo, "peers_python", lambda package: sys.executable)
     monkeypatch.setattr(online_rloo, "SAMPLES", 1)
     options = argparse.Namespace(seed=0, budget=300, turns=1, fine_tune_steps=2)
     cases = {online_ppo.OURS: (online_ppo.OURS, online_ppo.CASES[online_ppo.OURS])}

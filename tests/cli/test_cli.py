@@ -215,7 +215,7 @@ def test_real_feedback_trains_from_the_command_line(tmp_path, capfd):
     first, second = summaries
     assert first["rows"] + first["held_out_rows"] == 1610
     assert first["cache_hits"] == 0
-    assert first["cache_computed"] == second["cache_hits"] > 1500
-    assert second["cache_computed"] == 0
+    assert first["cache_computed"] == first["cache_rows"] > 40 * 16  # what 40 steps read, and the held-out rows
+    assert second["cache_hits"] == second["cache_rows"] > first["held_out_rows"]
     assert first["held_out_margin"] > 0.05
     assert first["held_out_auc"] > 0.52

@@ -336,7 +336,8 @@ def test_two_ranks_share_the_rows_and_end_with_the_files_of_one(tmp_path, monkey
         reports = manager.dict()
         mp.spawn(_rank, (2, port, tmp_path / "two", reports), nprocs=2)
         assert 40 <= sum(reports.values()) <= 48  # at most the shard at which they met twice
-        assert all(16 <= rows <= 32 for rows in reports.values()), dict(reports)
+        # each has a part of them; how large it is depends on what else the machine does
+        assert all(rows >= 8 for rows in reports.values()), dict(reports)
 
     def content(folder):
         return {p.name: p.read_bytes() for p in (tmp_path / folder / name.digest).iterdir() if p.name != MANIFEST}
