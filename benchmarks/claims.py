@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -48,8 +49,13 @@ Rates = dict[str, float]
 
 def _tail(log: list[dict], name: str) -> float:
     """Mean over the last quarter of the steps."""
-    values = [entry[name] for entry in log[-max(len(log) // 4, 1) :]]
-    return sum(values) / len(values)
+    return mean_of_both([entry[name] for entry in log[-max(len(log) // 4, 1) :]])
+
+
+def mean_of_both(values: Iterable[float]) -> float:
+    """Without the steps whose batch held one class: they have no KL and no error term. NaN if none is left."""
+    found = [value for value in values if not math.isnan(value)]
+    return sum(found) / len(found) if found else math.nan
 
 
 def _method(loss_type: str, rate: float, **options) -> Method:

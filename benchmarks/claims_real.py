@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from claims import BINARY, _rounded, _tail
+from claims import BINARY, _rounded, _tail, mean_of_both
 from claims_world import Method, Scale, train
 from common import save
 from train_step import VOCABULARY, build_model, byte_pair_tokenizer
@@ -94,7 +94,7 @@ def dataset(reference: Reference, tokenizer, pairs: list[dict], loss_type: str, 
 def curve(log: list[dict], name: str) -> list[float]:
     """Means of `POINTS` equal stretches of the steps."""
     values = torch.tensor([entry[name] for entry in log], dtype=torch.float64)
-    return [float(part.mean()) for part in values.tensor_split(min(POINTS, len(values)))]
+    return [mean_of_both(part.tolist()) for part in values.tensor_split(min(POINTS, len(values)))]
 
 
 def measure(model, tokenizer, pairs: list[dict], size: Size, seed: int) -> Iterator[dict]:
