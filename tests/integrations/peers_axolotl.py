@@ -16,11 +16,11 @@ os.environ |= {
 }
 
 import tiny
-import torch
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.train import train
+from hosts import apart
 
 COMMON = {
     "plugins": ["bco_fast.integrations.axolotl.Plugin"],
@@ -108,11 +108,7 @@ def kto_step_of_both(folder: Path, **options) -> dict:
     assert not theirs.pop("ours")
     weights, their_weights, start = ours.pop("weights"), theirs.pop("weights"), dict(tiny.model().named_parameters())
     assert set(weights) == set(their_weights) == set(start)
-    apart, moved = (
-        torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
-        for x, y in ((weights, their_weights), (their_weights, start))
-    )
-    return {"ours": ours, "theirs": theirs, "apart": float(apart / moved)}
+    return {"ours": ours, "theirs": theirs, "apart": apart(weights, their_weights) / apart(their_weights, start)}
 
 
 def main() -> None:

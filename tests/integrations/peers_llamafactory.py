@@ -13,6 +13,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 import llamafactory_bco as ours
 import tiny
 import torch
+from hosts import apart
 from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
 
@@ -50,10 +51,6 @@ def train(folder: Path, name: str, trainer: type, **options) -> tuple[list[float
     state = json.loads((folder / name / "trainer_state.json").read_text())
     (file,) = (folder / name).glob("*model.safetensors")
     return [line["loss"] for line in state["log_history"] if "loss" in line], load_file(file)
-
-
-def apart(a: dict, b: dict) -> float:
-    return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "USE_HF": "1",
 
 import tiny
 import torch
+from hosts import apart
 from swift.arguments import RLHFArguments
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.rlhf_trainers import KTOTrainer
@@ -69,10 +70,6 @@ def train(folder: Path, trainer: str, **options) -> tuple[list[float], dict[str,
     run.main()
     TrainerFactory.TRAINER_MAPPING["kto"] = f"{plugged.__module__}.{plugged.__name__}"
     return losses, {n: w.detach().clone() for n, w in run.model.named_parameters()}
-
-
-def apart(a: dict, b: dict) -> float:
-    return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
 
 
 def main() -> None:

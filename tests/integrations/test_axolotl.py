@@ -1,27 +1,16 @@
 """Our plugin inside axolotl 0.19, in an environment that has it: YAML, loading, data formats and training are axolotl's."""
 
-import json
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers-axolotl" / "bin" / "python"
+from hosts import results_inside
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
-def results():
-    if not PYTHON.exists():
-        pytest.skip("needs the environment of tests/peers/axolotl.txt: make .venv-peers-axolotl/.made")
-    script = ROOT / "tests" / "integrations" / "peers_axolotl.py"
-    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=900, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def results(tmp_path_factory):
+    return results_inside("axolotl", "peers_axolotl.py", tmp_path_factory.mktemp("axolotl"), timeout=900)
 
 
 @pytest.mark.parametrize("name", ["bco", "bco lora", "rdpo"])

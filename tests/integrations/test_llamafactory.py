@@ -1,26 +1,16 @@
 """examples/llamafactory_bco.py inside LLaMA-Factory 0.9.5, in an environment that has it, on a CPU."""
 
-import json
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
+from hosts import results_inside
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers-llamafactory" / "bin" / "python"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    if not PYTHON.exists():
-        pytest.skip("needs the environment of tests/peers/llamafactory.txt: make .venv-peers-llamafactory/.made")
-    script = ROOT / "tests" / "integrations" / "peers_llamafactory.py"
-    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path_factory.mktemp("llamafactory"), env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return results_inside("llamafactory", "peers_llamafactory.py", tmp_path_factory.mktemp("llamafactory"), timeout=600)
 
 
 def test_its_own_kto_on_the_fused_head_is_the_same_over_three_steps(results):

@@ -1,26 +1,16 @@
 """examples/ms_swift_bco.py inside ms-swift 4.6, in an environment that has it: `swift rlhf` on a CPU."""
 
-import json
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
+from hosts import results_inside
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers-ms-swift" / "bin" / "python"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    if not PYTHON.exists():
-        pytest.skip("needs the environment of tests/peers/ms-swift.txt: make .venv-peers-ms-swift/.made")
-    script = ROOT / "tests" / "integrations" / "peers_ms_swift.py"
-    done = subprocess.run([PYTHON, script], capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path_factory.mktemp("swift"), env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return results_inside("ms-swift", "peers_ms_swift.py", tmp_path_factory.mktemp("ms-swift"), timeout=600)
 
 
 def test_its_own_kto_on_the_fused_head_is_the_same_over_three_steps(results):

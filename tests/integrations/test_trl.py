@@ -1,24 +1,14 @@
 """Our objectives inside TRL 1.16's KTOTrainer, in the environment that `make venv-peers` builds."""
 
-import json
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers-trl-1.16" / "bin" / "python"
+from hosts import results_inside
 
 
 @pytest.fixture(scope="session")
-def results():
-    if not PYTHON.exists():
-        pytest.skip("make venv-peers builds the environment of TRL 1.16")
-    done = subprocess.run([PYTHON, ROOT / "tests" / "integrations" / "peers_integration.py"], capture_output=True, text=True, timeout=1000, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def results(tmp_path_factory):
+    return results_inside("trl-1.16", "peers_integration.py", tmp_path_factory.mktemp("trl"), timeout=1000)
 
 
 def test_kto_is_trls_own(results):
