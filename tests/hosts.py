@@ -15,7 +15,7 @@ def results_inside(host, script, folder, *, timeout):
     python = ROOT / f".venv-peers-{host}" / "bin" / "python"
     if not python.exists():
         pytest.skip(f"needs the environment of tests/peers/{host}.txt: make .venv-peers-{host}/.made")
-    done = subprocess.run([python, ROOT / "tests" / "integrations" / script], capture_output=True, text=True, timeout=timeout, check=False, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run([python, ROOT / "tests" / "integrations" / script], capture_output=True, text=True, timeout=timeout, check=False, cwd=folder, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
